@@ -1,0 +1,68 @@
+"""Questions to the CUDA driver that torch does not ask, through ctypes.
+
+Only calls that neither synchronise nor allocate: ``cuMemGetAddressRange``,
+``cuDeviceGetUuid``, ``cuDeviceGetPCIBusId``.  Used only when torch has initialised CUDA in
+this process; without CUDA every question answers None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import uuid
+from typing import Any, Optional
+
+
+def is_initialised() -> bool:
+    """Whether this process has a CUDA context already.  Never creates one."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or torch.version.cuda is None:
+        return False
+    return bool(torch.cuda.is_initialized())
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> Optional[Any]:
+    for name in ("libcuda.so.1", "libcuda.so"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def allocation_of(address: int) -> Optional[tuple[int, int]]:
+    """Base address and size (bytes) of the driver allocation that holds ``address``.
+
+    ``cuMemGetAddressRange_v2`` (CUDA driver API, memory management).  None when the address
+    belongs to no allocation of this process's current context.
+    """
+    library = _library()
+    if library is None:
+        return None
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    status = library.cuMemGetAddressRange_v2(
+        ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)
+    )
+    return (base.value, size.value) if status == 0 else None
+
+
+def device_identity(ordinal: int) -> tuple[Optional[str], Optional[str]]:
+    """UUID (``GPU-…``, as nvidia-smi prints it) and PCI bus id of a visible device."""
+    library = _library()
+    if library is None:
+        return None, None
+    device = ctypes.c_int()
+    if library.cuDeviceGet(ctypes.byref(device), ctypes.c_int(ordinal)) != 0:
+        return None, None
+    raw = (ctypes.c_ubyte * 16)()
+    get_uuid = getattr(library, "cuDeviceGetUuid_v2", None) or library.cuDeviceGetUuid
+    gpu_uuid = None
+    if get_uuid(ctypes.byref(raw), device) == 0:
+        gpu_uuid = "GPU-" + str(uuid.UUID(bytes=bytes(raw)))
+    text = ctypes.create_string_buffer(32)
+    bus_id = None
+    if library.cuDeviceGetPCIBusId(text, ctypes.c_int(len(text)), device) == 0:
+        bus_id = text.value.decode("ascii", "replace")
+    return gpu_uuid, bus_id

@@ -1,0 +1,332 @@
+"""From a capture to the JSON documents.  No files, no torch: plain data in, plain data out.
+
+The formats are described for their readers in ``docs/format.md``.  Sizes and addresses are
+in bytes, times in seconds since the epoch, ``shape``, ``stride`` and ``storage_offset`` in
+elements.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from .capture import PARAMETER, Capture, Row
+from .geometry import Region, merge
+
+SCHEMA = "sglang-weight-layout"
+STATE_SCHEMA = "sglang-weight-state"
+SCHEMA_VERSION = 1
+
+GIB = 1024.0**3
+
+# State files stay under 2 KB, so a message of SGLang's is cut, and so is a list of names.
+MESSAGE_LIMIT = 300
+
+
+# --- the prototype's four formats ---------------------------------------------------------
+
+
+def weights_meta(captured: Capture, updated: bool) -> dict[str, dict[str, Any]]:
+    """``weights_meta_{slot}.json``: parameters on the runner's device, under torch's names."""
+    meta: dict[str, dict[str, Any]] = {}
+    for name, row in captured.tensors.items():
+        if row.kind != PARAMETER or not row.resident:
+            continue
+        entry: dict[str, Any] = {
+            "ptr": row.ptr,
+            "size": row.size,
+            "device": row.device,
+            "dtype": row.dtype,
+            "shape": row.shape,
+        }
+        if updated:
+            entry["updated"] = True
+        meta[name] = entry
+    return meta
+
+
+def total_weight_meta(meta: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """``total_weight_meta_{slot}.json``: GiB per device, each parameter counted by itself."""
+    sizes: dict[str, int] = {}
+    for entry in meta.values():
+        sizes[entry["device"]] = sizes.get(entry["device"], 0) + entry["size"]
+    return {device: size / GIB for device, size in sizes.items()}
+
+
+def update_summary(
+    meta: Mapping[str, Any], totals: Mapping[str, float], gpu_id: int, now: float
+) -> dict[str, Any]:
+    """``weight_update_summary_{slot}.json``."""
+    return {
+        "update_timestamp": now,
+        "update_time_readable": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)),
+        "gpu_id": gpu_id,
+        "total_weights": len(meta),
+        "total_devices": len(totals),
+        "device_weight_summary": dict(totals),
+        "memory_usage_gb": sum(totals.values()),
+    }
+
+
+def merged_weights(captured: Capture, regions: list[Region]) -> list[dict[str, Any]]:
+    """``merged_weights_meta_{slot}.json``: contiguous spans, never across two allocations."""
+    return [
+        {
+            "ptr": region.start,
+            "size": region.end - region.start,
+            "device": captured.tensors[region.names[0]].device,
+            "weights": region.names,
+        }
+        for region in regions
+    ]
+
+
+# --- the layout document ------------------------------------------------------------------
+
+
+def regions_of(captured: Capture) -> list[Region]:
+    """Weight memory as maximal spans.  Without CUDA a tensor's storage is its allocation."""
+    return merge(
+        (row.ptr, row.ptr + row.span, _allocation(captured, row), name)
+        for name, row in captured.tensors.items()
+        if row.resident and row.ptr
+    )
+
+
+def _allocation(captured: Capture, row: Row) -> tuple[int, int]:
+    return captured.allocations.get(row.storage_ptr, (row.storage_ptr, row.storage_size))
+
+
+def tensors(captured: Capture) -> dict[str, dict[str, Any]]:
+    """The ``tensors`` object: every tensor under its canonical name."""
+    result = {}
+    for name, row in captured.tensors.items():
+        result[name] = {
+            "ptr": row.ptr,
+            "size": row.size,
+            "span": row.span,
+            "device": row.device,
+            "dtype": row.dtype,
+            "shape": row.shape,
+            "stride": row.stride,
+            "storage_offset": row.storage_offset,
+            "storage_ptr": row.storage_ptr,
+            "storage_size": row.storage_size,
+            "kind": row.kind,
+            "resident": row.resident,
+            "aliases": captured.aliases.get(name, []),
+        }
+    return result
+
+
+def layout(
+    captured: Capture,
+    regions: list[Region],
+    identity: Mapping[str, Any],
+    generations: tuple[int, int],
+    state: str,
+    event: Mapping[str, Any],
+    device_memory: Optional[Mapping[str, Any]],
+    named_parameters: Optional[int],
+    now: float,
+) -> dict[str, Any]:
+    """``weight_layout_{slot}.json``.
+
+    ``generations``: layout, content.  ``named_parameters``: torch's own count, where it was
+    asked for.
+    """
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "layout_generation": generations[0],
+        "content_generation": generations[1],
+        "state": state,
+        "updated_at": now,
+        "identity": dict(identity),
+        "event": dict(event),
+        "totals": totals(captured),
+        "memory": memory(captured, device_memory),
+        "validation": validation(captured, named_parameters),
+        "regions": [
+            {
+                "ptr": region.start,
+                "size": region.end - region.start,
+                "device": captured.tensors[region.names[0]].device,
+                "allocation_ptr": region.allocation[0],
+                "allocation_size": region.allocation[1],
+                "allocation_source": "driver"
+                if captured.tensors[region.names[0]].storage_ptr in captured.allocations
+                else "storage",
+                "tensors": region.names,
+            }
+            for region in regions
+        ],
+        "tensors": tensors(captured),
+    }
+
+
+def withdrawn(
+    identity: Mapping[str, Any],
+    generations: tuple[int, int],
+    problem: str,
+    event: Mapping[str, Any],
+    now: float,
+) -> dict[str, Any]:
+    """A layout document without a single address: where the weights are is not known."""
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "layout_generation": generations[0],
+        "content_generation": generations[1],
+        "state": "failed",
+        "updated_at": now,
+        "identity": dict(identity),
+        "event": dict(event),
+        "totals": {},
+        "memory": {},
+        "validation": {"problem": problem},
+        "regions": [],
+        "tensors": {},
+    }
+
+
+def totals(captured: Capture) -> dict[str, dict[str, int]]:
+    """Bytes per device; ``storage_bytes`` counts a storage once however many tensors share it."""
+    result: dict[str, dict[str, int]] = {}
+    storages: dict[str, dict[int, int]] = {}
+    for row in captured.tensors.values():
+        device = result.setdefault(
+            row.device, {"tensors": 0, "tensor_bytes": 0, "storage_bytes": 0}
+        )
+        device["tensors"] += 1
+        device["tensor_bytes"] += row.size
+        if row.resident and row.storage_ptr:
+            storages.setdefault(row.device, {})[row.storage_ptr] = row.storage_size
+    for name, sizes in storages.items():
+        result[name]["storage_bytes"] = sum(sizes.values())
+    return result
+
+
+def memory(captured: Capture, device: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+    """Weights, KV cache and the device's own figures."""
+    resident = [row for row in captured.tensors.values() if row.resident]
+    weights = {row.storage_ptr: row.storage_size for row in resident}
+    kv_storages = {entry["storage_ptr"]: entry["storage_size"] for entry in captured.kv_cache}
+    return {
+        "weights_bytes": sum(weights.values()),
+        "kv_cache_bytes": sum(kv_storages.values()),
+        "kv_cache": captured.kv_cache,
+        "device_total_bytes": device["total"] if device else None,
+        "device_free_bytes": device["free"] if device else None,
+    }
+
+
+def validation(captured: Capture, named_parameters: Optional[int]) -> dict[str, Any]:
+    """Names the model holds against tensors published; what has no row, and why."""
+    kinds: dict[str, int] = {}
+    not_resident = []
+    for name, row in captured.tensors.items():
+        kinds[row.kind] = kinds.get(row.kind, 0) + 1
+        if not row.resident:
+            not_resident.append(name)
+    return {
+        "expected": dict(captured.expected),
+        "captured": kinds,
+        "aliases": sum(len(names) for names in captured.aliases.values()),
+        "named_parameters": named_parameters,
+        "not_resident": not_resident,
+        "left_out": dict(captured.left_out),
+    }
+
+
+# --- what changed -------------------------------------------------------------------------
+
+
+def changes(before: Optional[Capture], after: Capture) -> dict[str, int]:
+    """How many names moved (any address, size or stride changed), came and went."""
+    if before is None:
+        return {"moved": 0, "added": len(after.tensors), "removed": 0}
+    old, new = before.tensors, after.tensors
+    return {
+        "moved": sum(1 for name, row in new.items() if name in old and old[name] != row),
+        "added": sum(1 for name in new if name not in old),
+        "removed": sum(1 for name in old if name not in new),
+    }
+
+
+def same_layout(before: Optional[Capture], after: Capture) -> bool:
+    """Whether no address, size or name changed, aliases included."""
+    return before is not None and (
+        before.tensors == after.tensors
+        and before.aliases == after.aliases
+        and before.allocations == after.allocations
+    )
+
+
+# --- the state document -------------------------------------------------------------------
+
+
+def state(
+    name: str,
+    generations: tuple[int, int],
+    event: Mapping[str, Any],
+    process: Mapping[str, Any],
+    slot: str,
+    lock: str,
+    missing: list[str],
+    problem: Optional[str],
+    now: float,
+) -> dict[str, Any]:
+    """``weight_state_{slot}.json``, under 2 KB whatever SGLang's message or names are."""
+    shown = [text[:80] for text in missing[:6]]
+    return {
+        "schema": STATE_SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "state": name,
+        "layout_generation": generations[0],
+        "content_generation": generations[1],
+        "event": dict(event),
+        "pid": process["pid"],
+        "process_start_ticks": process["process_start_ticks"],
+        "boot_id": process["boot_id"],
+        "hostname": process["hostname"][:64],
+        "slot": slot[:96],
+        "lock": lock,
+        "missing": shown,
+        "missing_count": len(missing),
+        "problem": _short(problem),
+        "updated_at": now,
+    }
+
+
+def event(
+    kind: str,
+    success: Optional[bool],
+    message: Optional[str],
+    started_at: float,
+    finished_at: Optional[float],
+    counts: Mapping[str, int],
+    calls: int,
+) -> dict[str, Any]:
+    """One event, for both documents.  ``success`` is null while it lasts."""
+    return {
+        "kind": kind,
+        "success": success,
+        "message": _short(message),
+        "started_at": started_at,
+        "finished_at": finished_at,
+        "calls": calls,
+        **counts,
+    }
+
+
+def _short(text: Optional[str]) -> Optional[str]:
+    """Cut to `MESSAGE_LIMIT` bytes of JSON, whatever escapes the text needs."""
+    if text is None:
+        return None
+    cut = text[:MESSAGE_LIMIT]
+    while len(json.dumps(cut)) > MESSAGE_LIMIT + 2:
+        cut = cut[: len(cut) * 3 // 4]
+    return cut if cut == text else cut + "..."

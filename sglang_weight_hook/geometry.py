@@ -1,0 +1,63 @@
+"""Byte spans: what a strided tensor touches, and how spans merge.  Pure integer arithmetic.
+
+All sizes and addresses are in bytes.  A span is ``(start, end)``, ``end`` exclusive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+def touched_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
+    """Bytes from a tensor's first element to behind its last one.
+
+    This, not ``numel * itemsize``, is what a reader of the memory must cover: a padded or
+    transposed tensor reaches further, an expanded one (stride 0) less far.
+
+    >>> touched_bytes((2, 3), (3, 1), 4)
+    24
+    >>> touched_bytes((2, 3), (8, 1), 4)  # rows padded to 8 elements
+    44
+    >>> touched_bytes((5, 3), (0, 1), 2)  # expanded
+    6
+    >>> touched_bytes((0, 3), (3, 1), 2)
+    0
+    """
+    last = 0
+    for length, step in zip(shape, stride):
+        if length == 0:
+            return 0
+        last += (length - 1) * step
+    return (last + 1) * itemsize
+
+
+class Region(NamedTuple):
+    """A maximal run of weight bytes without a hole, inside one allocation."""
+
+    start: int
+    end: int
+    allocation: tuple[int, int]  # base address, size
+    names: list[str]
+
+
+def merge(spans: Iterable[tuple[int, int, tuple[int, int], str]]) -> list[Region]:
+    """Merge touching or overlapping spans ``(start, end, allocation, name)``.
+
+    Spans in different allocations never merge, even where one ends at the address at which
+    the other begins: an RDMA registration or an IPC handle covers one allocation.
+    Sorted by address.
+    """
+    regions: list[Region] = []
+    for start, end, allocation, name in sorted(spans, key=lambda span: (span[2], span[0])):
+        if start >= end:
+            continue
+        last = regions[-1] if regions else None
+        if last is not None and last.allocation == allocation and start <= last.end:
+            last.names.append(name)
+            if end > last.end:
+                regions[-1] = last._replace(end=end)
+        else:
+            regions.append(Region(start, end, allocation, [name]))
+    regions.sort(key=lambda region: region.start)
+    return regions

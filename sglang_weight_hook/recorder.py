@@ -1,0 +1,460 @@
+"""Events in, published documents out: which runner is in which state, and since when.
+
+The patch core calls `begin` before and `finish` after each of SGLang's methods that change
+weights; everything else follows from the event's *effect*:
+
+========  ====================================================  ===========================
+effect    what the call does                                    what is published after it
+========  ====================================================  ===========================
+load      loads a runner's model; the engine is not built yet   everything, ``loading``
+commit    fills the loaded addresses with the real values       everything, ``loading``
+settle    the scheduler is built; drafts have re-bound theirs   everything, ``ready``
+update    may replace any weight                                everything
+stream    one bucket of many, written in place as a rule        the state; all if one moved
+open      begins a session of updates; the lock stays held      nothing (``updating``)
+close     ends it                                               everything
+release   may free the weights' physical memory                 everything, ``released``
+resume    backs the same addresses with fresh memory            everything
+========  ====================================================  ===========================
+
+Calls nest (expert relocation calls an update; a session holds hundreds) and may come from
+several threads: the outermost or first one begins the event, the last to leave ends it, and
+it counts once.
+
+`begin` and `finish` are called inside SGLang.  They raise nothing that SGLang has to see, and
+wait for nothing but the lock, for at most its timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Optional
+
+from . import document, identity, once, publish, settings
+from .capture import Capture, capture, moved, parameters_as_torch_names_them
+
+EFFECTS = ("load", "commit", "settle", "update", "stream", "open", "close", "release", "resume")
+
+LOADING, READY, UPDATING, FAILED, RELEASED = "loading", "ready", "updating", "failed", "released"
+
+# SGLang's name for the weights in release and resume (sglang/srt/constants.py,
+# GPU_MEMORY_TYPE_WEIGHTS); no tags at all means all of them.
+WEIGHTS_TAG = "weights"
+
+_NO_CHANGES = {"moved": 0, "added": 0, "removed": 0}
+
+
+class Event(NamedTuple):
+    """One call under way, handed from `begin` to `finish`."""
+
+    kind: str
+    effect: str
+    details: dict[str, Any]
+    participants: list[Tracked]
+
+
+class Tracked:
+    """A model runner and what was published about it last."""
+
+    def __init__(self, runner: Any, slot: publish.Slot) -> None:
+        self.runner = weakref.ref(runner)
+        self.slot = slot
+        self.gpu_id = identity.gpu_id(runner)
+        self.process = identity.process_identity()
+        self.state = LOADING
+        self.layout_generation = 0
+        self.content_generation = 0
+        self.captured: Optional[Capture] = None
+        self.storages: frozenset[int] = frozenset()  # addresses of those captured
+        self.settled = False  # whether the engine around the runner is built
+        self.updated = False  # whether its weights were changed since they were loaded
+        self.released = False
+        self.missing: list[str] = []
+        self.problem: Optional[str] = None
+        # The event under way: how many calls are inside it, and what they amount to.
+        self.depth = 0
+        self.in_session = False
+        self.kind = ""
+        self.effects: set[str] = set()
+        self.started_at = 0.0
+        self.calls = 0
+        self.success = True
+        self.message: Optional[str] = None
+        self.changed_content = False
+
+    # -- the event under way
+
+    def enter(self, kind: str, effect: str) -> None:
+        self.depth += 1
+        self.calls += 1
+        self.effects.add(effect)
+        if self.depth > 1:
+            return
+        self.kind, self.effects, self.calls = kind, {effect}, 1
+        self.started_at = time.time()
+        self.success, self.message, self.changed_content = True, None, False
+        self.slot.lock()
+        self.state = UPDATING if self.settled else LOADING
+        self.write_state(document.event(kind, None, None, self.started_at, None, {}, 1))
+
+    def leave(self, effect: str, success: bool, message: Optional[str], changed: bool) -> None:
+        self.success = self.success and success
+        self.message = message if not success or self.message is None else self.message
+        self.changed_content = self.changed_content or changed
+        if effect == "open" and success and not self.in_session:
+            self.in_session = True  # the depth stays: `close` gives it back
+            return
+        self.depth -= 1
+        if effect == "close" and self.in_session:
+            self.in_session = False
+            self.depth -= 1
+        if self.depth == 0:
+            try:
+                self.complete()
+            finally:
+                self.slot.unlock()
+
+    def complete(self) -> None:
+        """The last call has left: look, compare, publish."""
+        runner = self.runner()
+        try:
+            if self.effects == {"stream"} and not moved(self.captured, runner):
+                self.content_generation += 1
+                self.state = self.state_after()
+                self.problem = None
+                self.write_state(self.finished_event(_NO_CHANGES))
+                return
+            captured = capture(runner)
+        except Exception as error:
+            self.withdraw(f"capture failed: {type(error).__name__}: {error}")
+            return
+        changes = document.changes(self.captured, captured)
+        if not document.same_layout(self.captured, captured):
+            self.layout_generation += 1
+        if self.changed_content or self.content_generation == 0:
+            self.content_generation += 1
+        self.captured = captured
+        self.storages = frozenset(
+            row.storage_ptr for row in captured.tensors.values() if row.storage_ptr
+        )
+        self.state = self.state_after()
+        self.problem = None
+        self.publish_all(runner, captured, self.finished_event(changes))
+
+    def state_after(self) -> str:
+        if not self.success:
+            return FAILED
+        if self.released:
+            return RELEASED
+        return READY if self.settled else LOADING
+
+    def finished_event(self, changes: dict[str, int]) -> dict[str, Any]:
+        return document.event(
+            self.kind, self.success, self.message, self.started_at, time.time(), changes, self.calls
+        )
+
+    # -- publishing
+
+    @property
+    def generations(self) -> tuple[int, int]:
+        return self.layout_generation, self.content_generation
+
+    def publish_all(self, runner: Any, captured: Capture, event: dict[str, Any]) -> None:
+        now = time.time()
+        regions = document.regions_of(captured)
+        meta = document.weights_meta(captured, self.updated)
+        sums = document.total_weight_meta(meta)
+        starting = bool(self.effects & {"load", "commit", "settle"})
+        named = len(parameters_as_torch_names_them(runner)) if starting else None
+        layout = document.layout(
+            captured,
+            regions,
+            identity.identity(runner),
+            self.generations,
+            self.state,
+            event,
+            _device_memory(captured.device_type),
+            named,
+            now,
+        )
+        contents = {
+            publish.LAYOUT: layout,
+            publish.WEIGHTS_META: meta,
+            publish.TOTAL_META: sums,
+            publish.MERGED: document.merged_weights(captured, regions),
+        }
+        if not starting:
+            contents[publish.SUMMARY] = document.update_summary(meta, sums, self.gpu_id, now)
+        self.write_documents(contents)
+        self.write_state(event)
+        if starting and self.problem is None:
+            once.info(
+                f"published {self.slot.name} {self.kind}",
+                "%s: %d tensors of slot %s are in %s",
+                self.kind,
+                len(captured.tensors),
+                self.slot.name,
+                self.slot.path(publish.LAYOUT),
+            )
+
+    def write_documents(self, contents: dict[str, Any]) -> None:
+        """Write each; one that can't be written is taken away, for it would be out of date."""
+        for name, content in contents.items():
+            try:
+                self.slot.write(name, content)
+            except Exception as error:
+                self.problem = f"{name.format(self.slot.name)}: {error}"
+                once.warn(
+                    "write " + self.slot.name,
+                    "cannot publish in %s, SGLang goes on without it: %s",
+                    self.slot.directory,
+                    error,
+                )
+                self.remove(name)
+
+    def remove(self, name: str) -> None:
+        try:
+            self.slot.remove(name)
+        except OSError as error:
+            once.warn("remove " + self.slot.name, "an outdated file stays: %s", error)
+
+    def withdraw(self, problem: str) -> None:
+        """We no longer know where the weights are: publish that, not the old addresses."""
+        once.warn("withdraw " + self.slot.name, "%s; its map is withdrawn", problem)
+        self.problem = problem
+        self.captured = None
+        self.layout_generation += 1
+        self.content_generation += 1
+        self.state = FAILED
+        event = self.finished_event(_NO_CHANGES)
+        empty = document.withdrawn(self.process, self.generations, problem, event, time.time())
+        self.write_documents(
+            {
+                publish.LAYOUT: empty,
+                publish.WEIGHTS_META: {},
+                publish.TOTAL_META: {},
+                publish.MERGED: [],
+            }
+        )
+        self.write_state(event)
+
+    def write_state(self, event: dict[str, Any]) -> None:
+        try:
+            self.slot.write(
+                publish.STATE,
+                document.state(
+                    self.state,
+                    self.generations,
+                    event,
+                    self.process,
+                    self.slot.name,
+                    self.slot.lock_status,
+                    self.missing,
+                    self.problem,
+                    time.time(),
+                ),
+            )
+        except Exception as error:
+            once.warn("write " + self.slot.name, "cannot publish the state: %s", error)
+            # No state is honest; the one from before the event would not be.
+            self.remove(publish.STATE)
+
+
+# --- this process's runners ---------------------------------------------------------------
+
+# id(runner) -> Tracked.  Runners are held weakly; `_forget` removes the entry of a dead one.
+_tracked: dict[int, Tracked] = {}
+_mutex = threading.RLock()
+
+
+def begin(
+    kind: str,
+    effect: str,
+    runners: Iterable[Any] = (),
+    details: Optional[dict[str, Any]] = None,
+    missing: Iterable[str] = (),
+) -> Optional[Event]:
+    """Something that changes weights begins.
+
+    ``runners``: the model runners (or their models) concerned; none means all of this
+    process.  ``missing``: entry points that this SGLang lacks, for the state file.
+    Returns what `finish` wants to have back.
+    """
+    if effect not in EFFECTS:
+        raise ValueError(f"unknown effect {effect!r}")
+    named = list(runners)
+    with _mutex:
+        if effect == "settle":
+            participants: list[Tracked] = []  # runners come into being during the call
+        else:
+            participants = _participants(kind, effect, named)
+        for tracked in participants:
+            tracked.missing = list(missing)
+            _guarded(tracked.enter, kind, effect)
+    return Event(kind, effect, dict(details or {}), participants)
+
+
+def finish(event: Event, result: Any, error: Optional[BaseException]) -> None:
+    """It has returned ``result``, or raised ``error``."""
+    success, message = outcome(result, error)
+    with _mutex:
+        participants = event.participants
+        if event.effect == "settle":
+            if error is not None:
+                return
+            participants = list(_tracked.values())
+            for tracked in participants:
+                _guarded(tracked.enter, event.kind, event.effect)
+        for tracked in participants:
+            changed = _apply(tracked, event, success)
+            _guarded(tracked.leave, event.effect, success, message, changed)
+
+
+def outcome(result: Any, error: Optional[BaseException]) -> tuple[bool, Optional[str]]:
+    """Success and message of a call.  SGLang's updates return ``(success, message)``.
+
+    >>> outcome((False, "no such directory"), None)
+    (False, 'no such directory')
+    >>> outcome(None, None)
+    (True, None)
+    >>> outcome(None, ValueError("x"))
+    (False, 'ValueError: x')
+    """
+    if error is not None:
+        return False, f"{type(error).__name__}: {error}"
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
+        return result[0], None if result[1] is None else str(result[1])
+    return True, None
+
+
+def _apply(tracked: Tracked, event: Event, success: bool) -> bool:
+    """Note what the effect means for ``tracked``; whether its contents may have changed.
+
+    A failed update may have written before it failed, so it counts as a change of contents.
+    """
+    if event.effect == "settle":
+        tracked.settled = True
+    if event.effect in ("load", "commit", "settle"):
+        return event.effect == "commit"
+    if event.effect in ("release", "resume"):
+        tags = event.details.get("tags")
+        if (tags and WEIGHTS_TAG not in tags) or not event.details.get("physical"):
+            return False
+        if success:
+            tracked.released = event.effect == "release"
+        # Fresh pages behind the old addresses: their contents are whatever the saver kept.
+        return event.effect == "resume"
+    if event.effect == "open":
+        return False
+    # Who updates a runner uses it: that counts as built also where no scheduler is (a program
+    # that embeds a ModelRunner of its own).
+    tracked.settled = tracked.updated = True
+    return True
+
+
+def _participants(kind: str, effect: str, named: list[Any]) -> list[Tracked]:
+    """The runners an event concerns: those named, and those that share storage with them."""
+    if not named:
+        return list(_tracked.values())
+    participants = [tracked for tracked in (_find_or_track(runner) for runner in named) if tracked]
+    if len(participants) < len(_tracked) and effect != "load":
+        for other in list(_tracked.values()):
+            shares = any(not other.storages.isdisjoint(one.storages) for one in participants)
+            if shares and other not in participants:
+                participants.append(other)
+    return participants
+
+
+def _find_or_track(runner: Any) -> Optional[Tracked]:
+    found = _tracked.get(id(runner))
+    if found is not None:
+        return found
+    for tracked in _tracked.values():  # a model in place of its runner
+        owner = tracked.runner()
+        if owner is not None and getattr(owner, "model", None) is runner:
+            return tracked
+    if not hasattr(runner, "model_config") and not hasattr(runner, "gpu_id"):
+        return None  # a model of no runner that we know
+    try:
+        return _track(runner)
+    except OSError as error:
+        configured = settings.load().directory
+        once.warn("slot", "nothing is published, %s cannot be used: %s", configured, error)
+        return None
+
+
+def _track(runner: Any) -> Tracked:
+    configured = settings.load()
+    slot = publish.Slot(configured.directory, slot_name(runner), configured.lock_timeout)
+    tracked = Tracked(runner, slot)
+    _tracked[id(runner)] = tracked
+    weakref.finalize(runner, _forget, id(runner), tracked).atexit = False
+    return tracked
+
+
+def slot_name(runner: Any) -> str:
+    """``{gpu_id}`` for a target, ``{gpu_id}_draft``, ``{gpu_id}_draft1``, … for drafts."""
+    base = str(identity.gpu_id(runner))
+    if not identity.is_draft(runner):
+        return base
+    index = identity.draft_index(runner)
+    if index is None:  # before 0.5.8, and single drafts: in the order in which they load
+        taken = {tracked.slot.wanted for tracked in _tracked.values()}
+        index = next(i for i in range(1000) if _draft_slot(base, i) not in taken)
+    return _draft_slot(base, index)
+
+
+def _draft_slot(base: str, index: int) -> str:
+    return f"{base}_draft{index or ''}"
+
+
+def _forget(key: int, tracked: Tracked) -> None:
+    """The runner was garbage collected: its addresses belong to nobody now."""
+    with _mutex:
+        if _tracked.get(key) is not tracked:
+            return
+        del _tracked[key]
+        for name in publish.DOCUMENTS:
+            tracked.remove(name)
+        tracked.slot.abandon()
+
+
+def _guarded(call: Any, *arguments: Any) -> None:
+    try:
+        call(*arguments)
+    except Exception as error:
+        name = getattr(call, "__name__", "?")
+        once.warn(f"recorder {name}", "%s failed, SGLang goes on: %r", name, error)
+
+
+def _device_memory(device_type: str) -> Optional[dict[str, int]]:
+    """Free and total bytes of the current device (``cudaMemGetInfo``); None without CUDA."""
+    if device_type != "cuda":
+        return None
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return {"free": free, "total": total}
+
+
+# --- forked children ----------------------------------------------------------------------
+
+
+def _after_fork_in_child() -> None:
+    """A child publishes nothing for its parent's runners, and must not hold their locks.
+
+    The locks belong to open files that the child shares: closing them here leaves them to the
+    parent alone, so that its death, not the child's, frees its slots.
+    """
+    global _mutex
+    _mutex = threading.RLock()
+    for tracked in _tracked.values():
+        tracked.slot.abandon()
+    _tracked.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

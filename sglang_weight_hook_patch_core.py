@@ -1,0 +1,362 @@
+"""Which SGLang methods change weights, release by release, and how each is wrapped.
+
+The table `ENTRY_POINTS` is SGLang's history as data; nothing here asks for a version with
+an ``if``.  A wrapper is a thin shell around SGLang's method: it tells the recorder
+(`sglang_weight_hook.recorder`) that something begins, calls the method, returns the very
+object that came back or lets the exception through, and tells the recorder how it ended.
+Nothing that goes wrong on our side reaches SGLang.  File formats are not known here.
+
+Imported by ``sglang_patch_loader`` when the first of SGLang's target modules has executed,
+so everything imported below is in SGLang's process already.  Python 3.9 to 3.14.
+
+Source of the table: the syntax trees of the released wheels 0.4.6.post5 to 0.5.23.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import logging
+import re
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple, Optional
+
+logger = logging.getLogger("sglang_weight_hook")
+
+_EXECUTOR = "sglang.srt.model_executor"
+_MANAGERS = "sglang.srt.managers"
+
+RUNNER = (_EXECUTOR + ".model_runner", "ModelRunner")
+UPDATER = (_EXECUTOR + ".model_runner_components.weight_updater", "WeightUpdater")
+SCHEDULER = (_MANAGERS + ".scheduler", "Scheduler")
+SCHEDULER_MIXIN = (_MANAGERS + ".scheduler_update_weights_mixin", "SchedulerUpdateWeightsMixin")
+SCHEDULER_UPDATER = (
+    _MANAGERS + ".scheduler_components.weight_updater",
+    "SchedulerWeightUpdaterManager",
+)
+EXPERTS_OLD = (_EXECUTOR + ".expert_location_updater", "ExpertLocationUpdater")
+EXPERTS = ("sglang.srt.eplb.expert_location_updater", "ExpertLocationUpdater")
+EXPERT_BACKUP = ("sglang.srt.elastic_ep.expert_backup_client", "ExpertBackupClient")
+WEIGHT_CHECKER = ("sglang.srt.utils.weight_checker", "WeightChecker")
+
+OLDEST = "0.4.6.post5"
+NEWEST = "0.5.23"
+
+
+class EntryPoint(NamedTuple):
+    """One method of SGLang that changes weights, and the releases that have it there.
+
+    ``event``: the name under which it is published.
+    ``effect``: what it does to the weights, in the recorder's words (`recorder.EFFECTS`).
+    ``whose``: how the runners whose weights it changes follow from its arguments, a key of
+    `_RUNNERS_OF`.
+    ``first``, ``last``: the first and the last release known to have it.  ``last=None``: the
+    newest one has it, so a later release without it is reported.
+    """
+
+    event: str
+    effect: str
+    site: tuple[str, str]
+    method: str
+    whose: str
+    first: str = OLDEST
+    last: Optional[str] = None
+
+    @property
+    def module(self) -> str:
+        return self.site[0]
+
+    @property
+    def name(self) -> str:
+        """``Class.method``, as it is named in logs and in the state file."""
+        return self.site[1] + "." + self.method
+
+
+_DISK = "update_weights_from_disk"
+_TENSOR = "update_weights_from_tensor"
+_DISTRIBUTED = "update_weights_from_distributed"
+_IPC = "update_weights_from_ipc"
+_RELEASE = "release_memory_occupation"
+_RESUME = "resume_memory_occupation"
+_EPLB = "expert_location_update"
+
+# fmt: off
+ENTRY_POINTS = (
+    # event           effect      class              method                  whose     first          last
+    EntryPoint("load_model", "load", RUNNER, "load_model", "self"),
+    EntryPoint("finalize_startup_weight_load", "update", RUNNER, "finalize_startup_weight_load", "self", "0.5.18"),
+    EntryPoint("scheduler_ready", "settle", SCHEDULER, "__init__", "process"),
+
+    EntryPoint(_DISK, "update", RUNNER, _DISK, "self", OLDEST, "0.5.15.post1"),
+    EntryPoint(_DISK, "update", UPDATER, _DISK, "updater", "0.5.18"),
+    EntryPoint(_TENSOR, "stream", RUNNER, _TENSOR, "self", OLDEST, "0.5.15.post1"),
+    EntryPoint(_TENSOR, "stream", UPDATER, _TENSOR, "updater", "0.5.18"),
+    EntryPoint(_DISTRIBUTED, "stream", RUNNER, _DISTRIBUTED, "self", OLDEST, "0.5.15.post1"),
+    EntryPoint(_DISTRIBUTED, "stream", UPDATER, _DISTRIBUTED, "updater", "0.5.18", "0.5.20"),
+    # Since 0.5.21 receive_weights_from_distributed only receives; this one writes.
+    EntryPoint(_DISTRIBUTED, "stream", UPDATER, "load_weights_from_distributed", "updater", "0.5.21"),
+    EntryPoint(_IPC, "update", RUNNER, _IPC, "self", "0.5.5.post3", "0.5.15.post1"),
+    EntryPoint(_IPC, "update", UPDATER, _IPC, "updater", "0.5.18"),
+    EntryPoint("weight_update_session", "open", UPDATER, "begin_weight_update", "updater", "0.5.21"),
+    EntryPoint("weight_update_session", "close", UPDATER, "end_weight_update", "updater", "0.5.21"),
+
+    EntryPoint(_EPLB, "update", RUNNER, "update_expert_location", "self", OLDEST, "0.5.15.post1"),
+    EntryPoint(_EPLB, "update", EXPERTS_OLD, "update", "process", "0.4.7", "0.4.7"),
+    EntryPoint(_EPLB, "update", EXPERTS, "update", "process", "0.4.9.post6"),
+    EntryPoint("expert_backup", "update", EXPERT_BACKUP, "update_weights", "model", "0.5.10.post1"),
+    # /weights_checker with action=reset_tensors overwrites the weights with random values.
+    EntryPoint("reset_tensors", "update", WEIGHT_CHECKER, "_reset_tensors", "model", "0.5.6.post2"),
+
+    EntryPoint(_RELEASE, "release", SCHEDULER, _RELEASE, "process", OLDEST, "0.4.9.post6"),
+    EntryPoint(_RELEASE, "release", SCHEDULER_MIXIN, _RELEASE, "process", "0.4.10.post2", "0.5.12.post1"),
+    EntryPoint(_RELEASE, "release", SCHEDULER_UPDATER, _RELEASE, "process", "0.5.15.post1"),
+    EntryPoint(_RESUME, "resume", SCHEDULER, _RESUME, "process", OLDEST, "0.4.9.post6"),
+    EntryPoint(_RESUME, "resume", SCHEDULER_MIXIN, _RESUME, "process", "0.4.10.post2", "0.5.12.post1"),
+    EntryPoint(_RESUME, "resume", SCHEDULER_UPDATER, _RESUME, "process", "0.5.15.post1"),
+)
+# fmt: on
+
+TARGET_MODULES = frozenset(entry.module for entry in ENTRY_POINTS)
+
+
+# --- whose weights ------------------------------------------------------------------------
+
+
+def _runner_itself(owner: Any) -> list[Any]:
+    return [owner]
+
+
+def _runner_of_updater(owner: Any) -> list[Any]:
+    return [owner.get_model_runner()]
+
+
+def _runner_by_model(owner: Any) -> list[Any]:
+    # WeightChecker holds its runner up to 0.5.15 and a way to get the model since 0.5.18;
+    # ExpertBackupClient the same.  The recorder accepts a model in place of its runner.
+    runner = getattr(owner, "_model_runner", None) or getattr(owner, "model_runner", None)
+    return [runner if runner is not None else owner._get_model()]
+
+
+def _every_runner(owner: Any) -> list[Any]:
+    return []  # none named: the recorder takes all that it knows in this process
+
+
+_RUNNERS_OF: dict[str, Callable[[Any], list[Any]]] = {
+    "self": _runner_itself,
+    "updater": _runner_of_updater,
+    "model": _runner_by_model,
+    "process": _every_runner,
+}
+
+
+def _details(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the recorder needs of the call's arguments beyond the runners."""
+    if entry.effect not in ("release", "resume"):
+        return {}
+    request = args[1] if len(args) > 1 else kwargs.get("recv_req")
+    adapter = getattr(args[0], "memory_saver_adapter", None)
+    return {
+        # None or empty means every tag (SGLang, io_struct.py, ReleaseMemoryOccupationReqInput).
+        "tags": list(getattr(request, "tags", None) or ()),
+        # Without --enable-memory-saver the adapter is a no-op, and nothing is freed.
+        "physical": bool(getattr(adapter, "enabled", False)),
+    }
+
+
+# --- wrapping -----------------------------------------------------------------------------
+
+_MARK = "_sglang_weight_hook_entry"
+
+# (module, class, method) of every entry point wrapped in this process.
+_wrapped: set[tuple[str, str, str]] = set()
+# Names already reported as missing.
+_missing: list[str] = []
+
+
+def patch_module(module: ModuleType) -> None:
+    """Wrap every entry point that ``module`` holds; report those it should hold and lacks.
+
+    Idempotent, also for a class that is patched twice; a reloaded module's new classes are
+    patched afresh.  Called right after the module executed, under its import lock.
+    """
+    _settle_directory()
+    version = _sglang_version()
+    for entry in ENTRY_POINTS:
+        if entry.module != module.__name__:
+            continue
+        if _wrap_entry(module, entry):
+            _wrapped.add((*entry.site, entry.method))
+        elif _expected(entry, version):
+            _report_missing(entry.event, entry.name, version)
+
+
+def _wrap_entry(module: ModuleType, entry: EntryPoint) -> bool:
+    cls = getattr(module, entry.site[1], None)
+    original = getattr(cls, entry.method, None)
+    if cls is None or not callable(original):
+        return False
+    if entry.method == "__init__" and original is object.__init__:
+        return False
+    if not hasattr(original, _MARK):
+        setattr(cls, entry.method, make_wrapper(original, entry))
+    return True
+
+
+def make_wrapper(original: Callable[..., Any], entry: EntryPoint) -> Callable[..., Any]:
+    """The shell around one method: same signature, same result, same exceptions."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        event = _begin(entry, args, kwargs)
+        try:
+            result = original(*args, **kwargs)
+        except BaseException as error:
+            _finish(event, None, error)
+            raise
+        _finish(event, result, None)
+        return result
+
+    setattr(wrapper, _MARK, entry)
+    return wrapper
+
+
+def _begin(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        from sglang_weight_hook import recorder
+
+        if entry.effect in ("load", "settle"):
+            _check_all_events()
+        return recorder.begin(
+            entry.event,
+            entry.effect,
+            _RUNNERS_OF[entry.whose](args[0]),
+            _details(entry, args, kwargs),
+            missing=_missing,
+        )
+    except Exception as error:
+        _log_once("begin of " + entry.event, error)
+        return None
+
+
+def _finish(event: Any, result: Any, error: Optional[BaseException]) -> None:
+    if event is None:
+        return
+    try:
+        from sglang_weight_hook import recorder
+
+        recorder.finish(event, result, error)
+    except Exception as failure:
+        _log_once("end of an event", failure)
+
+
+_logged: set[str] = set()
+
+
+def _log_once(where: str, error: BaseException) -> None:
+    if where in _logged:
+        return
+    _logged.add(where)
+    try:
+        logger.warning("SGLang weight hook: %s failed, SGLang goes on without it: %r", where, error)
+    except Exception:
+        pass
+
+
+def _settle_directory() -> None:
+    """Make the output directory absolute now: SGLang or a model may change directory later."""
+    try:
+        from sglang_weight_hook import settings
+
+        settings.load()
+    except Exception as error:
+        _log_once("reading the settings", error)
+
+
+# --- what is missing ----------------------------------------------------------------------
+
+
+def release_key(version: str) -> tuple[int, ...]:
+    """A release as comparable numbers: ``0.5.15.post1`` is ``(0, 5, 15, 1)``.
+
+    >>> release_key("0.5.9") < release_key("0.5.15") < release_key("0.5.15.post1")
+    True
+    """
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
+
+
+def _sglang_version() -> str:
+    version = getattr(sys.modules.get("sglang"), "__version__", None)
+    if not version:
+        try:
+            from importlib import metadata
+
+            version = metadata.version("sglang")
+        except Exception:
+            version = None
+    return str(version or "unknown")
+
+
+def _expected(entry: EntryPoint, version: str) -> bool:
+    """Whether a release is known, or must be supposed, to have this entry point.
+
+    A checkout without a number (``0.0.0.dev0``, ``unknown``) counts as newer than all.
+    """
+    key = release_key(version)
+    if not any(key[:3]):
+        return entry.last is None
+    after_first = release_key(entry.first) <= key
+    before_last = entry.last is None or key <= release_key(entry.last)
+    return after_first and before_last
+
+
+def _check_all_events() -> None:
+    """Report each event that has not one wrapped entry point though this release is due one.
+
+    Runs when a model loads: by then SGLang has imported what it imports at start-up.  Modules
+    that exist on disk but wait for their feature (elastic EP) are not missing.
+    """
+    version = _sglang_version()
+    for event in dict.fromkeys(entry.event for entry in ENTRY_POINTS):
+        entries = [entry for entry in ENTRY_POINTS if entry.event == event]
+        if any((*entry.site, entry.method) in _wrapped for entry in entries):
+            continue
+        due = [entry for entry in entries if _expected(entry, version)]
+        if due and not any(_may_still_come(entry.module) for entry in due):
+            _report_missing(event, due[-1].name, version)
+
+
+def _may_still_come(module: str) -> bool:
+    return module not in sys.modules and _exists_on_disk(module)
+
+
+def _exists_on_disk(module: str) -> bool:
+    """Whether the import system would find ``module``, found without importing anything."""
+    path = None
+    name = ""
+    for part in module.split("."):
+        name = name + "." + part if name else part
+        loaded = sys.modules.get(name)
+        if loaded is not None:
+            path = getattr(loaded, "__path__", None)
+            continue
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return True
+
+
+def _report_missing(event: str, name: str, version: str) -> None:
+    text = event + ": " + name
+    if text in _missing:
+        return
+    _missing.append(text)
+    logger.warning(
+        "SGLang weight hook: SGLang %s has no %s; changes of weights by %s will not be seen "
+        "(everything else is)",
+        version,
+        name,
+        event,
+    )
