@@ -32,6 +32,7 @@ CORE = "sglang_weight_hook_patch_core"
 TARGETS = frozenset(
     (
         "sglang.srt.elastic_ep.expert_backup_client",
+        "sglang.srt.eplb.eplb_manager",
         "sglang.srt.eplb.expert_location_updater",
         "sglang.srt.managers.scheduler",
         "sglang.srt.managers.scheduler_components.weight_updater",

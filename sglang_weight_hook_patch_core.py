@@ -38,6 +38,7 @@ SCHEDULER_UPDATER = (
 )
 EXPERTS_OLD = (_EXECUTOR + ".expert_location_updater", "ExpertLocationUpdater")
 EXPERTS = ("sglang.srt.eplb.expert_location_updater", "ExpertLocationUpdater")
+EPLB_MANAGER = ("sglang.srt.eplb.eplb_manager", "")  # a function of the module itself
 EXPERT_BACKUP = ("sglang.srt.elastic_ep.expert_backup_client", "ExpertBackupClient")
 WEIGHT_CHECKER = ("sglang.srt.utils.weight_checker", "WeightChecker")
 
@@ -50,6 +51,7 @@ class EntryPoint(NamedTuple):
 
     ``event``: the name under which it is published.
     ``effect``: what it does to the weights, in the recorder's words (`recorder.EFFECTS`).
+    ``site``: module and class; an empty class is the module itself.
     ``whose``: how the runners whose weights it changes follow from its arguments, a key of
     `_RUNNERS_OF`.
     ``first``, ``last``: the first and the last release known to have it.  ``last=None``: the
@@ -71,7 +73,7 @@ class EntryPoint(NamedTuple):
     @property
     def name(self) -> str:
         """``Class.method``, as it is named in logs and in the state file."""
-        return self.site[1] + "." + self.method
+        return (self.site[1] or self.site[0]) + "." + self.method
 
 
 _DISK = "update_weights_from_disk"
@@ -86,7 +88,7 @@ _EPLB = "expert_location_update"
 ENTRY_POINTS = (
     # event           effect      class              method                  whose     first          last
     EntryPoint("load_model", "load", RUNNER, "load_model", "self"),
-    EntryPoint("finalize_startup_weight_load", "update", RUNNER, "finalize_startup_weight_load", "self", "0.5.18"),
+    EntryPoint("finalize_startup_weight_load", "commit", RUNNER, "finalize_startup_weight_load", "self", "0.5.18"),
     EntryPoint("scheduler_ready", "settle", SCHEDULER, "__init__", "process"),
 
     EntryPoint(_DISK, "update", RUNNER, _DISK, "self", OLDEST, "0.5.15.post1"),
@@ -102,9 +104,12 @@ ENTRY_POINTS = (
     EntryPoint("weight_update_session", "open", UPDATER, "begin_weight_update", "updater", "0.5.21"),
     EntryPoint("weight_update_session", "close", UPDATER, "end_weight_update", "updater", "0.5.21"),
 
-    EntryPoint(_EPLB, "update", RUNNER, "update_expert_location", "self", OLDEST, "0.5.15.post1"),
-    EntryPoint(_EPLB, "update", EXPERTS_OLD, "update", "process", "0.4.7", "0.4.7"),
-    EntryPoint(_EPLB, "update", EXPERTS, "update", "process", "0.4.9.post6"),
+    # Relocation copies experts within their tensors, on the forward path and a few layers at a
+    # time: a stream.  Outermost is the function that also reloads what a dead rank has lost.
+    EntryPoint(_EPLB, "stream", RUNNER, "update_expert_location", "self", OLDEST, "0.5.15.post1"),
+    EntryPoint(_EPLB, "stream", EPLB_MANAGER, "update_expert_location_with_recovery", "model_argument", "0.5.18"),
+    EntryPoint(_EPLB, "stream", EXPERTS_OLD, "update", "process", "0.4.7", "0.4.7"),
+    EntryPoint(_EPLB, "stream", EXPERTS, "update", "process", "0.4.9.post6"),
     EntryPoint("expert_backup", "update", EXPERT_BACKUP, "update_weights", "model", "0.5.10.post1"),
     # /weights_checker with action=reset_tensors overwrites the weights with random values.
     EntryPoint("reset_tensors", "update", WEIGHT_CHECKER, "_reset_tensors", "model", "0.5.6.post2"),
@@ -124,39 +129,58 @@ TARGET_MODULES = frozenset(entry.module for entry in ENTRY_POINTS)
 # --- whose weights ------------------------------------------------------------------------
 
 
-def _runner_itself(owner: Any) -> list[Any]:
-    return [owner]
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
 
 
-def _runner_of_updater(owner: Any) -> list[Any]:
-    return [owner.get_model_runner()]
+def _runner_itself(args: Arguments, kwargs: Keywords) -> list[Any]:
+    return [args[0]]
 
 
-def _runner_by_model(owner: Any) -> list[Any]:
+def _runner_of_updater(args: Arguments, kwargs: Keywords) -> list[Any]:
+    return [args[0].get_model_runner()]
+
+
+def _runner_by_model(args: Arguments, kwargs: Keywords) -> list[Any]:
+    owner = args[0]
     # WeightChecker holds its runner up to 0.5.15 and a way to get the model since 0.5.18;
     # ExpertBackupClient the same.  The recorder accepts a model in place of its runner.
     runner = getattr(owner, "_model_runner", None) or getattr(owner, "model_runner", None)
     return [runner if runner is not None else owner._get_model()]
 
 
-def _every_runner(owner: Any) -> list[Any]:
+def _runner_by_argument(args: Arguments, kwargs: Keywords) -> list[Any]:
+    return [kwargs["model"]] if "model" in kwargs else []
+
+
+def _every_runner(args: Arguments, kwargs: Keywords) -> list[Any]:
     return []  # none named: the recorder takes all that it knows in this process
 
 
-_RUNNERS_OF: dict[str, Callable[[Any], list[Any]]] = {
+_RUNNERS_OF: dict[str, Callable[[Arguments, Keywords], list[Any]]] = {
     "self": _runner_itself,
     "updater": _runner_of_updater,
     "model": _runner_by_model,
+    "model_argument": _runner_by_argument,
     "process": _every_runner,
 }
 
 
-def _details(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _runners(entry: EntryPoint, args: Arguments, kwargs: Keywords) -> list[Any]:
+    """The runners concerned; all of them where SGLang no longer is as the table says."""
+    try:
+        return _RUNNERS_OF[entry.whose](args, kwargs)
+    except Exception as error:
+        _log_once("finding the runner of " + entry.name, error)
+        return []
+
+
+def _details(entry: EntryPoint, args: Arguments, kwargs: Keywords) -> dict[str, Any]:
     """What the recorder needs of the call's arguments beyond the runners."""
     if entry.effect not in ("release", "resume"):
         return {}
     request = args[1] if len(args) > 1 else kwargs.get("recv_req")
-    adapter = getattr(args[0], "memory_saver_adapter", None)
+    adapter = getattr(args[0] if args else None, "memory_saver_adapter", None)
     return {
         # None or empty means every tag (SGLang, io_struct.py, ReleaseMemoryOccupationReqInput).
         "tags": list(getattr(request, "tags", None) or ()),
@@ -193,14 +217,12 @@ def patch_module(module: ModuleType) -> None:
 
 
 def _wrap_entry(module: ModuleType, entry: EntryPoint) -> bool:
-    cls = getattr(module, entry.site[1], None)
-    original = getattr(cls, entry.method, None)
-    if cls is None or not callable(original):
-        return False
-    if entry.method == "__init__" and original is object.__init__:
+    owner = getattr(module, entry.site[1], None) if entry.site[1] else module
+    original = getattr(owner, entry.method, None)
+    if owner is None or not callable(original) or original is object.__init__:
         return False
     if not hasattr(original, _MARK):
-        setattr(cls, entry.method, make_wrapper(original, entry))
+        setattr(owner, entry.method, make_wrapper(original, entry))
     return True
 
 
@@ -231,7 +253,7 @@ def _begin(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return recorder.begin(
             entry.event,
             entry.effect,
-            _RUNNERS_OF[entry.whose](args[0]),
+            _runners(entry, args, kwargs),
             _details(entry, args, kwargs),
             missing=_missing,
         )

@@ -60,6 +60,15 @@ class Row(NamedTuple):
     resident: bool
 
 
+class Footprint(NamedTuple):
+    """What `moved` compares: cheap to take again, because it knows where tensors are held."""
+
+    # For each module in the order of the walk, its attributes that hold tensors: the
+    # attribute's name, and a key inside it where it is a list, tuple or dict.
+    held: list[tuple[tuple[str, Any], ...]]
+    places: list[Any]
+
+
 class Capture(NamedTuple):
     """Everything one walk found."""
 
@@ -68,9 +77,13 @@ class Capture(NamedTuple):
     aliases: dict[str, list[str]]  # canonical name -> its other names
     left_out: dict[str, str]  # name -> why it has no row
     expected: dict[str, int]  # names the model holds, by kind
-    allocations: dict[int, tuple[int, int]]  # storage_ptr -> driver allocation (base, size)
+    # storage_ptr -> the driver allocations (base, size) under it, ascending.  One as a rule;
+    # several where the caching allocator maps expandable segments piece by piece.
+    allocations: dict[int, list[tuple[int, int]]]
     kv_cache: list[dict[str, Any]]
-    addresses: Optional[dict[str, int]]  # what `moved` compares with
+    # Names under which torch lists a parameter -> the canonical name of its row.
+    torch_names: dict[str, str]
+    footprint: Optional[Footprint]
 
 
 def capture(runner: Any) -> Capture:
@@ -80,8 +93,7 @@ def capture(runner: Any) -> Capture:
         raise LookupError("the runner has no model")
     device_type = _device_type(runner)
     named: list[tuple[str, str, Any]] = []
-    walked = _walk_model(model)
-    for kind, names in walked.items():
+    for kind, names in _walk_model(model).items():
         named.extend((kind, name, tensor) for name, tensor in names)
     named.extend((LORA, name, tensor) for name, tensor in _lora_pool(runner))
 
@@ -91,6 +103,7 @@ def capture(runner: Any) -> Capture:
     expected = dict.fromkeys((PARAMETER, BUFFER, ATTRIBUTE, LORA), 0)
     by_identity: dict[int, str] = {}
     by_place: dict[tuple[Any, ...], str] = {}
+    torch_names: dict[str, str] = {}
     for kind, outer_name, outer in named:
         expected[kind] += 1
         canonical = by_identity.get(id(outer))
@@ -98,12 +111,15 @@ def capture(runner: Any) -> Capture:
             if canonical != outer_name:
                 aliases.setdefault(canonical, []).append(outer_name)
             continue
-        for name, tensor in _plain_tensors(outer_name, outer):
-            try:
-                row = _row(kind, tensor, device_type)
-            except Exception as error:
-                left_out[name] = f"{type(error).__name__}: {error}"[:200]
-                continue
+        try:
+            rows = [
+                (name, _row(kind, tensor, device_type))
+                for name, tensor in _plain_tensors(outer_name, outer)
+            ]
+        except Exception as error:
+            left_out[outer_name] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        for name, row in rows:
             # A second tensor object over the very same elements (a re-bound draft head, a
             # parameter and a plain attribute holding its .data) is one tensor to a reader.
             place = (row.ptr, row.device, row.dtype, tuple(row.shape), tuple(row.stride))
@@ -115,6 +131,8 @@ def capture(runner: Any) -> Capture:
                 if row.ptr:
                     by_place[place] = name
             by_identity.setdefault(id(outer), canonical or name)
+            if kind == PARAMETER:
+                torch_names[name] = canonical or name
     return Capture(
         device_type=device_type,
         tensors=tensors,
@@ -123,7 +141,8 @@ def capture(runner: Any) -> Capture:
         expected=expected,
         allocations=_allocations(tensors.values()),
         kv_cache=_kv_cache(runner),
-        addresses=_addresses(walked, device_type),
+        torch_names=torch_names,
+        footprint=_footprint(model),
     )
 
 
@@ -258,19 +277,27 @@ def _tensors_of_object(prefix: str, owner: Any, depth: int) -> Iterator[tuple[st
         pending.extend((f"{name}{dot}{key}", item, left - 1) for key, item in children)
 
 
-def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
+def _plain_tensors(name: str, tensor: Any) -> list[tuple[str, Any]]:
     """The tensors with memory of their own behind ``tensor``: itself, or what it wraps.
 
     DTensor (``--enable-torch-tp``) and torchao's quantised tensors are wrapper subclasses:
     they have no storage, and ``__tensor_flatten__`` names the tensors that have
-    (torch/utils/_python_dispatch.py).
+    (torch/utils/_python_dispatch.py).  A single one goes by the wrapper's own name.
     """
-    flatten = getattr(type(tensor), "__tensor_flatten__", None)
-    if flatten is None:
-        yield name, tensor
-        return
-    for attribute in flatten(tensor)[0]:
-        yield from _plain_tensors(f"{name}.{attribute}", getattr(tensor, attribute))
+    if not _is_wrapper(tensor):
+        return [(name, tensor)]
+    inner = [
+        (attribute, getattr(tensor, attribute)) for attribute in tensor.__tensor_flatten__()[0]
+    ]
+    if len(inner) == 1:
+        return _plain_tensors(name, inner[0][1])
+    return [
+        found for attribute, held in inner for found in _plain_tensors(f"{name}.{attribute}", held)
+    ]
+
+
+def _is_wrapper(tensor: Any) -> bool:
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 # --- one tensor ---------------------------------------------------------------------------
@@ -306,40 +333,115 @@ def _row(kind: str, tensor: Any, device_type: str) -> Row:
     )
 
 
-def _allocations(rows: Iterable[Row]) -> dict[int, tuple[int, int]]:
-    """The driver allocation behind each storage; empty where there is no CUDA."""
+def _allocations(rows: Iterable[Row]) -> dict[int, list[tuple[int, int]]]:
+    """The driver allocations under each storage; empty where there is no CUDA."""
     if not cuda_driver.is_initialised():
         return {}
-    allocations: dict[int, tuple[int, int]] = {}
+    allocations: dict[int, list[tuple[int, int]]] = {}
     for row in rows:
         if row.storage_ptr and row.storage_ptr not in allocations and row.device.startswith("cuda"):
-            found = cuda_driver.allocation_of(row.storage_ptr)
-            if found is not None:
+            found = cuda_driver.allocations_under(row.storage_ptr, row.storage_size)
+            if found:
                 allocations[row.storage_ptr] = found
     return allocations
 
 
-def moved(before: Optional[Capture], runner: Any) -> bool:
-    """Whether any parameter or buffer lies elsewhere than in ``before``, or has come or gone.
+def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
+    """``after`` with the allocations of ``before`` where the driver gave none for a storage.
 
-    The quick question asked after each bucket of a long update: one address per name, no
-    rows.  Attributes and the LoRA pool are not asked about: nothing rebinds them between
-    buckets, and the capture that ends a session sees them anyway.
+    It gives none while the memory saver has unmapped the pages, nor in a thread without a
+    CUDA context; the storage has not moved for that.
     """
-    if before is None or before.addresses is None:
+    if before is None or not before.allocations:
+        return after
+    sizes = {row.storage_ptr: row.storage_size for row in before.tensors.values()}
+    kept = {
+        row.storage_ptr: before.allocations[row.storage_ptr]
+        for row in after.tensors.values()
+        if row.storage_ptr in before.allocations and sizes.get(row.storage_ptr) == row.storage_size
+    }
+    return after._replace(allocations={**kept, **after.allocations})
+
+
+# --- has anything moved? ------------------------------------------------------------------
+
+
+def moved(before: Optional[Capture], runner: Any) -> bool:
+    """Whether a tensor of the model lies elsewhere than in ``before``, or has come or gone.
+
+    The quick question after each bucket of a long update.  Parameters, buffers and every
+    plain attribute that held a tensor are looked at (some models bind new ``w_kc`` and
+    ``w_vc`` with each bucket); an attribute that holds one for the first time waits for the
+    next full capture, for it has no address yet that could be out of date.
+    """
+    if before is None or before.footprint is None:
         return True
-    return _addresses(_walk_model(runner.model), before.device_type) != before.addresses
+    held = before.footprint.held
+    return _places(runner.model, held) != before.footprint.places
 
 
-def _addresses(
-    walked: dict[str, list[tuple[str, Any]]], device_type: str
-) -> Optional[dict[str, int]]:
-    """The address under each parameter's and buffer's name; None if some have no plain one."""
+def _footprint(model: Any) -> Optional[Footprint]:
+    import torch
+
+    held = []
+    for module in _modules(model):
+        keys: list[tuple[str, Any]] = []
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                keys.append((name, None))
+            elif isinstance(value, (list, tuple, dict)) and value and name not in _MODULE_INTERNALS:
+                items: Iterable[tuple[Any, Any]]
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                keys.extend((name, key) for key, item in items if isinstance(item, torch.Tensor))
+        held.append(tuple(keys))
+    places = _places(model, held)
+    return None if places is None else Footprint(held, places)
+
+
+def _modules(model: Any) -> Iterator[Any]:
+    """Every module once, in a fixed order."""
+    seen = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        children = module.__dict__.get("_modules")
+        if children:
+            stack.extend([child for child in children.values() if child is not None])
+
+
+def _places(model: Any, held: list[tuple[tuple[str, Any], ...]]) -> Optional[list[Any]]:
+    """Names, addresses and shapes of all tensors; None where one can't be asked.
+
+    A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
+    """
+    places: list[Any] = []
+    add = places.append
     try:
-        return {
-            name: tensor.data_ptr() if tensor.device.type == device_type else 0
-            for kind in (PARAMETER, BUFFER)
-            for name, tensor in walked[kind]
-        }
-    except Exception:  # uninitialised parameters and wrapper subclasses have no address
+        keys = iter(held)
+        for module in _modules(model):
+            state = module.__dict__
+            for group in (state["_parameters"], state["_buffers"]):
+                for name, tensor in group.items():
+                    if tensor is not None:
+                        address = tensor.data_ptr()
+                        if not address and _is_wrapper(tensor):
+                            return None
+                        add(name)
+                        add(address)
+                        add(tensor.shape)
+            for name, key in next(keys):
+                value = state[name]
+                tensor = value if key is None else value[key]
+                if _is_wrapper(tensor):
+                    return None
+                add(tensor.data_ptr())
+                add(tensor.stride())
+        if next(keys, None) is not None:
+            return None
+    except Exception:  # fewer modules, a missing attribute, an uninitialised parameter
         return None
+    return places

@@ -48,6 +48,24 @@ def allocation_of(address: int) -> Optional[tuple[int, int]]:
     return (base.value, size.value) if status == 0 else None
 
 
+def allocations_under(address: int, size: int) -> list[tuple[int, int]]:
+    """The driver allocations that ``size`` bytes at ``address`` lie in, ascending.
+
+    Memory from cudaMalloc gives one.  With ``expandable_segments:True`` torch maps physical
+    pieces side by side (cuMemMap), each of which is an allocation of its own to whoever wants
+    to register or export it.  Empty when the driver knows none, or not all of them.
+    """
+    found: list[tuple[int, int]] = []
+    position, end = address, address + max(size, 1)
+    while position < end:
+        allocation = allocation_of(position)
+        if allocation is None or sum(allocation) <= position:
+            return []
+        found.append(allocation)
+        position = sum(allocation)
+    return found
+
+
 def device_identity(ordinal: int) -> tuple[Optional[str], Optional[str]]:
     """UUID (``GPU-…``, as nvidia-smi prints it) and PCI bus id of a visible device."""
     library = _library()

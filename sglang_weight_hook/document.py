@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .capture import PARAMETER, Capture, Row
+from .capture import Capture, Row
 from .geometry import Region, merge
 
 SCHEMA = "sglang-weight-layout"
@@ -31,8 +31,9 @@ MESSAGE_LIMIT = 300
 def weights_meta(captured: Capture, updated: bool) -> dict[str, dict[str, Any]]:
     """``weights_meta_{slot}.json``: parameters on the runner's device, under torch's names."""
     meta: dict[str, dict[str, Any]] = {}
-    for name, row in captured.tensors.items():
-        if row.kind != PARAMETER or not row.resident:
+    for name, canonical in captured.torch_names.items():
+        row = captured.tensors[canonical]
+        if not row.resident:
             continue
         entry: dict[str, Any] = {
             "ptr": row.ptr,
@@ -89,14 +90,16 @@ def merged_weights(captured: Capture, regions: list[Region]) -> list[dict[str, A
 def regions_of(captured: Capture) -> list[Region]:
     """Weight memory as maximal spans.  Without CUDA a tensor's storage is its allocation."""
     return merge(
-        (row.ptr, row.ptr + row.span, _allocation(captured, row), name)
+        (max(row.ptr, base), min(row.ptr + row.span, base + size), (base, size), name)
         for name, row in captured.tensors.items()
         if row.resident and row.ptr
+        for base, size in _allocations_of(captured, row)
     )
 
 
-def _allocation(captured: Capture, row: Row) -> tuple[int, int]:
-    return captured.allocations.get(row.storage_ptr, (row.storage_ptr, row.storage_size))
+def _allocations_of(captured: Capture, row: Row) -> list[tuple[int, int]]:
+    """The allocations under a tensor's storage; a tensor over several has a span in each."""
+    return captured.allocations.get(row.storage_ptr) or [(row.storage_ptr, row.storage_size)]
 
 
 def tensors(captured: Capture) -> dict[str, dict[str, Any]]:

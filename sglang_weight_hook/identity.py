@@ -74,6 +74,10 @@ def _parallel_state(runner: Any, name: str) -> Any:
 
 
 def _placement(runner: Any, name: str) -> Any:
+    # Its dp_size is the attention's, and its dp_rank is 0 where there is none (SGLang 0.5.23,
+    # utils/weight_checker.py): neither is what it is called.
+    if name.startswith("dp_"):
+        return _MISSING
     placement = getattr(getattr(runner, "_weight_checker", None), "_placement", None)
     return placement.get(name, _MISSING) if isinstance(placement, dict) else _MISSING
 

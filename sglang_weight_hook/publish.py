@@ -44,6 +44,8 @@ WEIGHTS_META, TOTAL_META, SUMMARY, MERGED, LAYOUT, STATE = DOCUMENTS
 SAVING_LOCK = "weight_saving_{}.lock"
 OWNER_LOCK = "weight_owner_{}.lock"
 
+_OWNER_PATIENCE = 0.25  # seconds
+
 
 # --- bytes to files -----------------------------------------------------------------------
 
@@ -156,7 +158,8 @@ class Slot:
         for name in self._candidates():
             self.name = name
             descriptor = open_lock_file(self.path(OWNER_LOCK))
-            if try_lock(descriptor, 0.0):
+            # Not at once: a reader asking whether the owner lives holds it for a moment.
+            if try_lock(descriptor, _OWNER_PATIENCE):
                 self._owner_fd = descriptor
                 break
             os.close(descriptor)
@@ -218,6 +221,7 @@ class Slot:
         Raises nothing: without the lock the server goes on.
         """
         try:
+            os.makedirs(self.directory, exist_ok=True)
             if not _is_same_file(self._saving_fd, self.path(SAVING_LOCK)):
                 if self._saving_fd >= 0:
                     os.close(self._saving_fd)
@@ -260,6 +264,9 @@ class Slot:
             os.makedirs(self.directory, exist_ok=True)
             self.reclaim_if_lost()
             write_whole(self.path(document), data)
+
+    def has(self, document: str) -> bool:
+        return os.path.exists(self.path(document))
 
     def remove(self, document: str) -> None:
         """Take a document away.  Raises OSError, except where it is gone already."""

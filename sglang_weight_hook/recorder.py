@@ -31,11 +31,18 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 from . import document, identity, once, publish, settings
-from .capture import Capture, capture, moved, parameters_as_torch_names_them
+from .capture import (
+    Capture,
+    capture,
+    known_allocations,
+    moved,
+    parameters_as_torch_names_them,
+)
 
 EFFECTS = ("load", "commit", "settle", "update", "stream", "open", "close", "release", "resume")
 
@@ -54,6 +61,7 @@ class Event(NamedTuple):
     kind: str
     effect: str
     details: dict[str, Any]
+    opener: int  # id of the runner named, 0 if none or several were
     participants: list[Tracked]
 
 
@@ -72,12 +80,13 @@ class Tracked:
         self.storages: frozenset[int] = frozenset()  # addresses of those captured
         self.settled = False  # whether the engine around the runner is built
         self.updated = False  # whether its weights were changed since they were loaded
-        self.released = False
+        self.released = False  # the memory saver has taken the weights' pages
+        self.broken = False  # the last call that wrote weights failed, perhaps half way
         self.missing: list[str] = []
         self.problem: Optional[str] = None
         # The event under way: how many calls are inside it, and what they amount to.
         self.depth = 0
-        self.in_session = False
+        self.openers: set[int] = set()  # ids of the runners whose sessions are open
         self.kind = ""
         self.effects: set[str] = set()
         self.started_at = 0.0
@@ -92,7 +101,7 @@ class Tracked:
         self.depth += 1
         self.calls += 1
         self.effects.add(effect)
-        if self.depth > 1:
+        if self.depth > 1 or self.openers:
             return
         self.kind, self.effects, self.calls = kind, {effect}, 1
         self.started_at = time.time()
@@ -101,18 +110,21 @@ class Tracked:
         self.state = UPDATING if self.settled else LOADING
         self.write_state(document.event(kind, None, None, self.started_at, None, {}, 1))
 
-    def leave(self, effect: str, success: bool, message: Optional[str], changed: bool) -> None:
+    def leave(
+        self, effect: str, opener: int, success: bool, message: Optional[str], changed: bool
+    ) -> None:
+        """``opener``: the id of the runner whose session an `open` or `close` concerns."""
         self.success = self.success and success
         self.message = message if not success or self.message is None else self.message
         self.changed_content = self.changed_content or changed
-        if effect == "open" and success and not self.in_session:
-            self.in_session = True  # the depth stays: `close` gives it back
-            return
         self.depth -= 1
-        if effect == "close" and self.in_session:
-            self.in_session = False
-            self.depth -= 1
-        if self.depth == 0:
+        # A session stays open between its two calls; a draft that shares the target's
+        # embedding takes part in both runners' sessions, and is done when both are.
+        if effect == "open" and success:
+            self.openers.add(opener)
+        elif effect == "close":
+            self.openers.discard(opener)
+        if self.depth == 0 and not self.openers:
             try:
                 self.complete()
             finally:
@@ -122,13 +134,12 @@ class Tracked:
         """The last call has left: look, compare, publish."""
         runner = self.runner()
         try:
-            if self.effects == {"stream"} and not moved(self.captured, runner):
+            if self.layout_stands() and not moved(self.captured, runner):
                 self.content_generation += 1
                 self.state = self.state_after()
-                self.problem = None
                 self.write_state(self.finished_event(_NO_CHANGES))
                 return
-            captured = capture(runner)
+            captured = known_allocations(self.captured, capture(runner))
         except Exception as error:
             self.withdraw(f"capture failed: {type(error).__name__}: {error}")
             return
@@ -145,11 +156,16 @@ class Tracked:
         self.problem = None
         self.publish_all(runner, captured, self.finished_event(changes))
 
+    def layout_stands(self) -> bool:
+        """Whether only buckets came in, over a layout document that was written and is there."""
+        return self.effects == {"stream"} and self.problem is None and self.slot.has(publish.LAYOUT)
+
     def state_after(self) -> str:
-        if not self.success:
-            return FAILED
+        # What faults when touched comes first, then what may be half written.
         if self.released:
             return RELEASED
+        if not self.success or self.broken:
+            return FAILED
         return READY if self.settled else LOADING
 
     def finished_event(self, changes: dict[str, int]) -> dict[str, Any]:
@@ -266,8 +282,12 @@ class Tracked:
 
 # --- this process's runners ---------------------------------------------------------------
 
-# id(runner) -> Tracked.  Runners are held weakly; `_forget` removes the entry of a dead one.
+# id(runner) -> Tracked.  Runners are held weakly.
 _tracked: dict[int, Tracked] = {}
+# Those whose runner the garbage collector has taken, until the next call reaps them.
+_dead: deque[tuple[int, Tracked]] = deque()
+# How many schedulers are being built in this process.
+_building = 0
 _mutex = threading.RLock()
 
 
@@ -286,24 +306,30 @@ def begin(
     """
     if effect not in EFFECTS:
         raise ValueError(f"unknown effect {effect!r}")
+    global _building
     named = list(runners)
     with _mutex:
+        _reap()
         if effect == "settle":
-            participants: list[Tracked] = []  # runners come into being during the call
-        else:
-            participants = _participants(kind, effect, named)
+            _building += 1
+        # A settling scheduler's runners come into being during the call.
+        participants = [] if effect == "settle" else _participants(effect, named)
         for tracked in participants:
             tracked.missing = list(missing)
             _guarded(tracked.enter, kind, effect)
-    return Event(kind, effect, dict(details or {}), participants)
+    opener = id(named[0]) if len(named) == 1 else 0
+    return Event(kind, effect, dict(details or {}), opener, participants)
 
 
 def finish(event: Event, result: Any, error: Optional[BaseException]) -> None:
     """It has returned ``result``, or raised ``error``."""
+    global _building
     success, message = outcome(result, error)
     with _mutex:
+        _reap()
         participants = event.participants
         if event.effect == "settle":
+            _building -= 1
             if error is not None:
                 return
             participants = list(_tracked.values())
@@ -311,7 +337,7 @@ def finish(event: Event, result: Any, error: Optional[BaseException]) -> None:
                 _guarded(tracked.enter, event.kind, event.effect)
         for tracked in participants:
             changed = _apply(tracked, event, success)
-            _guarded(tracked.leave, event.effect, success, message, changed)
+            _guarded(tracked.leave, event.effect, event.opener, success, message, changed)
 
 
 def outcome(result: Any, error: Optional[BaseException]) -> tuple[bool, Optional[str]]:
@@ -336,36 +362,44 @@ def _apply(tracked: Tracked, event: Event, success: bool) -> bool:
 
     A failed update may have written before it failed, so it counts as a change of contents.
     """
-    if event.effect == "settle":
-        tracked.settled = True
-    if event.effect in ("load", "commit", "settle"):
-        return event.effect == "commit"
-    if event.effect in ("release", "resume"):
+    effect = event.effect
+    if effect in ("release", "resume"):
         tags = event.details.get("tags")
         if (tags and WEIGHTS_TAG not in tags) or not event.details.get("physical"):
             return False
         if success:
-            tracked.released = event.effect == "release"
+            tracked.released = effect == "release"
         # Fresh pages behind the old addresses: their contents are whatever the saver kept.
-        return event.effect == "resume"
-    if event.effect == "open":
+        return effect == "resume"
+    if effect == "settle":
+        tracked.settled = True
         return False
+    if effect == "open":
+        return False
+    # Only what writes weights can mend what a failed call left: a release in between does not.
+    tracked.broken = not success
+    if effect in ("load", "commit"):
+        return effect == "commit"
+    tracked.updated = True
     # Who updates a runner uses it: that counts as built also where no scheduler is (a program
-    # that embeds a ModelRunner of its own).
-    tracked.settled = tracked.updated = True
+    # that embeds a ModelRunner of its own).  What happens while one is being built does not.
+    if not _building:
+        tracked.settled = True
     return True
 
 
-def _participants(kind: str, effect: str, named: list[Any]) -> list[Tracked]:
+def _participants(effect: str, named: list[Any]) -> list[Tracked]:
     """The runners an event concerns: those named, and those that share storage with them."""
+    everyone = list(_tracked.values())
     if not named:
-        return list(_tracked.values())
-    participants = [tracked for tracked in (_find_or_track(runner) for runner in named) if tracked]
-    if len(participants) < len(_tracked) and effect != "load":
-        for other in list(_tracked.values()):
-            shares = any(not other.storages.isdisjoint(one.storages) for one in participants)
-            if shares and other not in participants:
-                participants.append(other)
+        return everyone
+    participants = [tracked for tracked in map(_find_or_track, named) if tracked]
+    if effect == "load" or len(participants) >= len(everyone):
+        return participants
+    for other in everyone:
+        shares = any(not other.storages.isdisjoint(one.storages) for one in participants)
+        if shares and other not in participants:
+            participants.append(other)
     return participants
 
 
@@ -373,7 +407,7 @@ def _find_or_track(runner: Any) -> Optional[Tracked]:
     found = _tracked.get(id(runner))
     if found is not None:
         return found
-    for tracked in _tracked.values():  # a model in place of its runner
+    for tracked in list(_tracked.values()):  # a model in place of its runner
         owner = tracked.runner()
         if owner is not None and getattr(owner, "model", None) is runner:
             return tracked
@@ -413,11 +447,20 @@ def _draft_slot(base: str, index: int) -> str:
 
 
 def _forget(key: int, tracked: Tracked) -> None:
-    """The runner was garbage collected: its addresses belong to nobody now."""
-    with _mutex:
-        if _tracked.get(key) is not tracked:
-            return
-        del _tracked[key]
+    """The runner was garbage collected.
+
+    The collector calls this from anywhere, also from inside a logging handler or from this
+    module's own loops, so it takes no lock and touches nothing: `_reap` does.
+    """
+    _dead.append((key, tracked))
+
+
+def _reap() -> None:
+    """Withdraw the slots of runners that are gone: their addresses belong to nobody now."""
+    while _dead:
+        key, tracked = _dead.popleft()
+        if _tracked.get(key) is tracked:
+            del _tracked[key]
         for name in publish.DOCUMENTS:
             tracked.remove(name)
         tracked.slot.abandon()
@@ -450,8 +493,10 @@ def _after_fork_in_child() -> None:
     The locks belong to open files that the child shares: closing them here leaves them to the
     parent alone, so that its death, not the child's, frees its slots.
     """
-    global _mutex
+    global _mutex, _building
     _mutex = threading.RLock()
+    _building = 0
+    _dead.clear()
     for tracked in _tracked.values():
         tracked.slot.abandon()
     _tracked.clear()
