@@ -1,0 +1,48 @@
+# What a newcomer can do here.  Everything needed is installed under .cache by the first run.
+
+PYTHON ?= python3
+TOOLS := .cache/tools
+BIN := $(TOOLS)/bin
+
+.PHONY: help demo test test-unit test-install test-real test-matrix test-gpu lint bench tools clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+demo: ## a real SGLang on this CPU, hooked: install, launch, read the map, update, uninstall
+	@$(PYTHON) -m demo
+
+test: lint test-unit test-install test-real ## everything CI runs (some 10 minutes; the first run installs SGLang)
+
+test-unit: tools ## the parts, with real tensors and real processes
+	$(BIN)/python -m pytest -q tests/unit
+
+test-install: tools ## install and uninstall in fresh venvs of every Python found
+	$(BIN)/python -m pytest -q tests/install
+
+test-real: tools ## real SGLang servers on the CPU
+	$(BIN)/python -m pytest -q tests/real_sglang -m "not matrix"
+
+test-matrix: tools ## a real server of every SGLang line (some 25 minutes); writes docs/sglang-support.table.md
+	MATRIX_TABLE=docs/sglang-support.table.md $(BIN)/python -m pytest -q -s tests/real_sglang/test_matrix.py
+
+test-gpu: tools ## on a machine with a CUDA device and SGLang
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+lint: tools ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: tools ## what the hook costs
+	$(BIN)/python benchmarks/startup.py
+
+tools: $(TOOLS)/stamp
+
+# The tools' own venv; torch and SGLang are seen in the venv that the demo and the servers use.
+$(TOOLS)/stamp: pyproject.toml tests/tools.py
+	$(PYTHON) tests/tools.py $(TOOLS)
+	touch $@
+
+clean: ## remove what the targets above installed and made
+	rm -rf .cache build dist *.egg-info

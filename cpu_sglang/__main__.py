@@ -1,0 +1,101 @@
+"""A real SGLang on this CPU, by hand.
+
+python -m cpu_sglang setup [RELEASE ...]      install, or check what is installed
+python -m cpu_sglang serve [RELEASE] [...]    serve a tiny model until Ctrl-C
+python -m cpu_sglang releases                 what there is a recipe for
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from cpu_sglang.environment import (
+    REPOSITORY,
+    Environment,
+    EnvironmentFailed,
+    ensure_environment,
+)
+from cpu_sglang.releases import BASE_RELEASE, RELEASES
+from cpu_sglang.server import Server, ServerFailed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cpu_sglang",
+        description="A real SGLang on this CPU.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    setup = commands.add_parser("setup", help="install releases, unless they are there already")
+    setup.add_argument("releases", nargs="*", metavar="RELEASE", default=[BASE_RELEASE])
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a tiny model until Ctrl-C",
+        epilog="What follows -- goes to SGLang as it is, for instance: -- --tp 2",
+    )
+    serve.add_argument("release", nargs="?", metavar="RELEASE", default=BASE_RELEASE)
+    serve.add_argument("--model", type=Path, help="a checkpoint (default: a new tiny one)")
+    serve.add_argument("--cwd", type=Path, default=Path.cwd(), help="where the server runs")
+
+    commands.add_parser("releases", help="list the releases that there is a recipe for")
+
+    ours, theirs = _split_at_dashes(sys.argv[1:])
+    options = parser.parse_args(ours)
+    try:
+        if options.command == "releases":
+            print("\n".join(RELEASES))
+        elif options.command == "setup":
+            for release in options.releases:
+                print(f"SGLang {release}: {ensure_environment(release).python}")
+        else:
+            _serve(ensure_environment(options.release), options.model, options.cwd, theirs)
+    except KeyError as unknown:
+        print(unknown.args[0], file=sys.stderr)
+        return 2
+    except (EnvironmentFailed, ServerFailed) as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _serve(environment: Environment, model: Path | None, cwd: Path, extra: list[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="cpu-sglang-") as scratch:
+        if model is None:
+            model = Path(scratch) / "model"
+            command = [str(environment.python), "-m", "cpu_sglang.tiny_model", str(model)]
+            subprocess.run(command, cwd=REPOSITORY, env=environment.env(), check=True)
+        server = Server(
+            environment,
+            model,
+            cwd=cwd,
+            extra_args=extra,
+            log_path=Path(scratch) / "server.log",
+            on_progress=lambda seconds, line: print(f"{seconds:3.0f} s  {line[:90]}"),
+        )
+        with server:
+            print(f"ready at {server.url}, process {server.pid}, log {server.log_path}")
+            print("Ctrl-C ends it")
+            while server.alive:
+                time.sleep(0.5)
+            raise ServerFailed(f"the server ended by itself; its log:\n{server.log_tail()}")
+
+
+def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""``make demo``: the hook at work on a real SGLang server, on any machine, in minutes."""

@@ -1,0 +1,377 @@
+"""The two scripts: what they check, do, say, and return.
+
+Exit status: 0 done (or all good), 1 refused or failed (or not all good), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import os
+import signal
+import sys
+
+from . import Refusal, contents, liveness, target
+from .disk import Disk, Kept
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+UNINSTALLER = "uninstall_sglang_hook_patch.sh"
+
+
+_HINT = "; launch_wrapper.py runs SGLang with the hook and installs nothing"
+
+
+class _Stopped(BaseException):
+    """A signal asks us to end; work that was begun is taken back on the way out."""
+
+
+def main(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    script = UNINSTALLER if options.action == "uninstall" else contents.INSTALLER
+    # A path that the terminal's encoding lacks is shown with escapes, not with a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        if options.check:
+            return check()
+        if options.action == "uninstall":
+            return uninstall(options.dry_run)
+        return install(options.dry_run, options.force)
+    except Refusal as refusal:
+        _complain(f"{script}: {refusal}")
+        return 1
+    except OSError as error:
+        hint = "" if options.action == "uninstall" else _HINT
+        _complain(f"{script}: {_why(error, hint)}")
+        return 1
+    except (KeyboardInterrupt, _Stopped):
+        _complain(f"{script}: interrupted.")
+        return 1
+
+
+def install(dry_run: bool, force: bool) -> int:
+    purelib = target.purelib()
+    if target.externally_managed() and not force:
+        raise Refusal(
+            f"{sys.executable} is managed by the operating system (PEP 668); use a virtual "
+            "environment, or --force to install into it all the same."
+        )
+    _refuse_if_read_only(purelib)
+    disk = Disk(purelib)
+    with contextlib.nullcontext() if dry_run else disk.locked():
+        present = target.survey(disk, ROOT)
+        _refuse_if_foreign(present)
+        files = contents.build(ROOT, purelib, present.pycache_existed)
+        wanted = {file.path for file in files}
+        target.refuse_odd_places(disk, wanted | present.files)
+
+        obsolete = sorted(
+            {path for path in present.files - wanted if not path.endswith(".pyc")}
+            # A .pyc goes with its source; those of other Pythons stay beside one that stays.
+            | {path for path in present.files - wanted if _source_is_gone(path, wanted)},
+            key=contents.removal_rank,
+        )
+        intact = not (obsolete or present.temporaries or present.unfinished) and all(
+            disk.read(file.path) == file.data
+            # The .pyc differs by the time that is in it; that it is there is enough.
+            or (file.path.endswith(".pyc") and disk.is_plain(file.path))
+            for file in files
+        )
+        release = contents.version(ROOT)
+        if dry_run:
+            if intact:
+                _say(
+                    f"{contents.DISTRIBUTION} {release} is installed and intact in {purelib}; "
+                    "nothing would be written."
+                )
+                return 0
+            _say(f"Would install {contents.DISTRIBUTION} {release} into {purelib}")
+            for path in [*present.temporaries, *obsolete]:
+                _say(f"  remove {path}")
+            for file in files:
+                _say(f"  write  {file.path}")
+            return 0
+
+        _fact("Target", f"{sys.executable} (Python {sys.version.split()[0]})")
+        _fact("", purelib)
+        if intact:
+            live = liveness.examine(purelib)
+            if not live.good:
+                raise Refusal(f"every file is in place, but the hook is not live: {live.reason}.")
+            _fact("Installed", f"{contents.DISTRIBUTION} {release} already, every file intact")
+        else:
+            _replace(disk, present, files, obsolete)
+            before = sorted(set(present.versions) - {release})
+            _fact(
+                "Installed",
+                f"{contents.DISTRIBUTION} {release}, {len(files)} files"
+                + (f", in place of {', '.join(before)}" if before else ""),
+            )
+    _fact("Live", "in a fresh interpreter and in a spawned child")
+    version = target.sglang()
+    _fact(
+        "SGLang",
+        f"{version}" if version else "not in this environment yet; the hook will wait for it",
+    )
+    if os.environ.get(liveness.OFF_SWITCH) == "0":
+        _fact("Note", f"{liveness.OFF_SWITCH}=0 is set in this shell: here the hook stays off")
+    return 0
+
+
+def _replace(
+    disk: Disk, present: target.Present, files: list[contents.File], obsolete: list[str]
+) -> None:
+    """Bring in `files`, take out `obsolete`, verify; or put everything back as it was."""
+    wanted = {file.path for file in files}
+    before: dict[str, Kept | None] = {path: disk.keep(path) for path in wanted | present.files}
+    journal = {"pycache_existed": present.pycache_existed, "files": sorted(before)}
+    had_directories = {path for path in contents.directories(before) if disk.exists(path)}
+    # Of an earlier run that was killed; it is still needed if this one fails.
+    before_journal = disk.keep(target.JOURNAL)
+    try:
+        # First of all the journal.  If we are killed from here on, the next run of either
+        # script finds in it what may lie around.
+        disk.write(target.JOURNAL, json.dumps(journal).encode())
+        for path in present.temporaries:
+            disk.remove(path)
+        # An interpreter that starts meanwhile goes without the hook, rather than with the
+        # loader of one version and the library of another.
+        for path in (contents.PTH, contents.START):
+            disk.remove(path)
+        for path in obsolete:
+            disk.remove(path)
+        for file in files:
+            disk.write(file.path, file.data, file.mtime * 10**9)
+        for directory in present.directories:
+            if directory not in contents.directories(wanted):
+                disk.remove_directory(directory)
+        live = liveness.examine(disk.purelib)
+        if not live.good:
+            raise Refusal(f"nothing was installed, because the hook was not live: {live.reason}.")
+        disk.remove(target.JOURNAL)
+    except BaseException as error:
+        _put_back(disk, before, had_directories, before_journal)
+        if isinstance(error, OSError):
+            raise Refusal(f"nothing was installed: {_why(error, _HINT)}") from error
+        raise
+
+
+def _put_back(
+    disk: Disk,
+    before: dict[str, Kept | None],
+    had_directories: set[str],
+    before_journal: Kept | None,
+) -> None:
+    """Undo what `_replace` did so far; a second signal does not stop it half-way."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        for path in sorted(before, key=contents.removal_rank):
+            if before[path] is None or path in (contents.PTH, contents.START):
+                disk.remove(path)
+        for path in sorted(before, key=contents.rank):
+            kept = before[path]
+            if kept is not None and disk.keep(path) != kept:
+                disk.put_back(path, kept)
+        for directory in sorted(
+            contents.directories(before) - had_directories, key=len, reverse=True
+        ):
+            disk.remove_directory(directory)
+        if before_journal is None:
+            disk.remove(target.JOURNAL)
+        else:
+            disk.put_back(target.JOURNAL, before_journal)
+    except OSError as error:
+        raise Refusal(
+            f"the installation failed and could not be taken back whole ({_why(error)}); run "
+            f"this script or {UNINSTALLER} again to finish."
+        ) from error
+
+
+def uninstall(dry_run: bool) -> int:
+    purelib = target.purelib()
+    disk = Disk(purelib)
+    with contextlib.nullcontext() if dry_run else disk.locked():
+        present = target.survey(disk, ROOT)
+        _refuse_if_foreign(present)
+        if not present.anything:
+            _say(f"{contents.DISTRIBUTION} is not installed in {purelib}; nothing to do.")
+            return 0
+        _refuse_if_read_only(purelib)
+        target.refuse_odd_places(disk, present.files)
+        paths = sorted(present.files, key=contents.removal_rank)
+        if dry_run:
+            _say(f"Would remove {contents.DISTRIBUTION} from {purelib}")
+            for path in [*paths, *present.temporaries]:
+                _say(f"  remove {path}")
+            return 0
+
+        # Nothing is written, so this works on a full disk too.  The order is what makes it
+        # safe to be killed: the .pth goes first, and what knows of all the rest goes last.
+        records = [path for path in paths if path.partition("/")[0] in present.dist_infos]
+        for path in paths:
+            if path not in records:
+                disk.remove(path)
+        for path in present.temporaries:
+            disk.remove(path)
+        emptied = [path for path in present.directories if path not in present.dist_infos]
+        if not present.pycache_existed:
+            emptied.append("__pycache__")
+        left = [path for path in emptied if not disk.remove_directory(path)]
+        for path in records:
+            disk.remove(path)
+        left += [path for path in present.dist_infos if not disk.remove_directory(path)]
+        disk.remove(target.JOURNAL)
+
+    _fact("Target", f"{sys.executable} (Python {sys.version.split()[0]})")
+    _fact("", purelib)
+    version = f" {present.versions[0]}" if present.versions else ""
+    _fact("Removed", f"{contents.DISTRIBUTION}{version}, {len(paths)} files")
+    for path in left:
+        _fact("Left", f"{path}, which holds files that were not installed by us")
+    return 0
+
+
+def check() -> int:
+    purelib = target.purelib()
+    disk = Disk(purelib)
+    with disk.locked(shared=True):
+        return _check(purelib, disk)
+
+
+def _check(purelib: str, disk: Disk) -> int:
+    present = target.survey(disk, ROOT)
+    _fact("Target", f"{sys.executable} (Python {sys.version.split()[0]})")
+    _fact("", purelib)
+    if not present.anything:
+        _fact("Installed", "no", good=False)
+        return 1
+
+    good = True
+    if len(present.versions) == 1 and not present.unfinished:
+        door = present.foreign[0] if present.foreign else contents.INSTALLER
+        _fact("Installed", f"{contents.DISTRIBUTION} {present.versions[0]}, by {door}")
+    else:
+        good = False
+        if present.unfinished or len(present.versions) > 1:
+            reason = "an installation was interrupted"
+        else:
+            reason = "there are files, but no record of an installation"
+        _fact("Installed", f"in part: {reason}; run {contents.INSTALLER} again", good=False)
+
+    wrong, count = [], 0
+    for dist_info in present.dist_infos:
+        recorded = target.record(disk, dist_info)
+        listed = {path for path, _ in recorded}
+        wrong += [
+            f"{dist_info}/RECORD lacks {name}"
+            for name in contents.ROOT_FILES
+            if name not in listed and not _is_editable(disk, dist_info)
+        ]
+        for path, expected in recorded:
+            if not expected:
+                continue
+            count += 1
+            # pip records the console script too, outside of purelib, by "../../../bin/...".
+            data = disk.read(os.path.normpath(path))
+            if data is None:
+                wrong.append(f"{path} is missing")
+            elif contents.digest(data) != expected:
+                wrong.append(f"{path} was changed")
+    if wrong or not count:
+        good = False
+        for line in wrong or ["no hashes to compare with"]:
+            _fact("Files", line, good=False)
+    else:
+        _fact("Files", f"{count} intact")
+
+    live = liveness.examine(purelib)
+    for where, reason in (("a fresh interpreter", live.fresh), ("a spawned child", live.child)):
+        _fact("Live", f"in {where}: {reason or 'yes'}", good=not reason)
+    version = target.sglang()
+    _fact("SGLang", version if version else "not in this environment yet")
+    return 0 if good and live.good else 1
+
+
+def _is_editable(disk: Disk, dist_info: str) -> bool:
+    return b'"editable": true' in (disk.read(f"{dist_info}/direct_url.json") or b"")
+
+
+def _refuse_if_foreign(present: target.Present) -> None:
+    if present.foreign is None:
+        return
+    installer, version = present.foreign
+    tool = {"uv": "uv pip"}.get(installer, installer)
+    raise Refusal(
+        f"{contents.DISTRIBUTION} {version} was installed here by {installer}; remove it with "
+        f"`{tool} uninstall {contents.DISTRIBUTION}`."
+    )
+
+
+def _refuse_if_read_only(purelib: str) -> None:
+    # For everyone but root.  Read-only mounts and immutable directories show themselves at
+    # the first write, before anything has changed; see `_why`.
+    if not os.access(purelib, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), purelib)
+
+
+def _why(error: OSError, hint: str = "") -> str:
+    """An operating system's refusal as one sentence."""
+    place = str(error.filename or "a file")
+    if place.endswith(".tmp"):
+        place = os.path.dirname(place)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place} cannot be written ({error.strerror}){hint}."
+    return f"{error.strerror or error} ({place})."
+
+
+def _source_is_gone(path: str, wanted: set[str]) -> bool:
+    """Whether a path is a compiled file whose source the new version does not have."""
+    place, _, name = f"/{path}".rpartition("/__pycache__/")
+    return bool(place or path.startswith("__pycache__/")) and (
+        f"{place}/{name.partition('.')[0]}.py"[1:] not in wanted
+    )
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The shell scripts have read ``--python`` and ``--help``; the rest is handed on."""
+    parser = argparse.ArgumentParser(prog="installer", add_help=False, allow_abbrev=False)
+    parser.add_argument("action", choices=("install", "uninstall"))
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--force", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped
+
+
+def _fact(label: str, text: str, good: bool = True) -> None:
+    """One line of the report, with its label in colour if a person is looking."""
+    # sys.stdout is None where file descriptor 1 is closed, whatever its type says.
+    colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    padded = f"{label:<10}"
+    if colour and label:
+        padded = f"\033[{32 if good else 31}m{padded}\033[0m"
+    _say(f"{padded} {text}")
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:
+        # Who pipes us into `head`, or into a full disk, must not thereby undo an installation;
+        # and what Python still has to write when it ends must find somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,208 @@
+"""Real virtual environments, of every Python at hand that the hook supports.
+
+They are made once; `target` hands one out with an empty site-packages.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORTED = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+
+INSTALL = "install_sglang_hook_patch.sh"
+UNINSTALL = "uninstall_sglang_hook_patch.sh"
+
+LIVE = "import sys; print(sum(type(f).__module__ == 'sglang_patch_loader' for f in sys.meta_path))"
+
+#: What decides where Python looks, or whether the hook is on, must come from the test alone.
+ENVIRONMENT = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("PYTHON", "SGLANG", "VIRTUAL_ENV", "PIP_", "UV_"))
+}
+
+Tree = dict[str, tuple[str, int, bytes]]
+
+
+def tree(directory: Path, times: bool = False) -> Tree:
+    """Everything under a directory: kind and mode, bytes or link target; also times, if asked."""
+    found: Tree = {}
+    for path in sorted(directory.rglob("*")):
+        status = path.lstat()
+        mode = stat.S_IMODE(status.st_mode)
+        moment = status.st_mtime_ns if times else 0
+        if path.is_symlink():
+            kind, data = "link", os.readlink(path).encode()
+        elif path.is_dir():
+            kind, data = "directory", b""
+        else:
+            kind, data = "file", path.read_bytes()
+        found[str(path.relative_to(directory))] = (f"{kind} {mode:o}", moment, data)
+    return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """One virtual environment."""
+
+    python: Path
+    purelib: Path
+    version: str
+
+    def run(
+        self, *arguments: str, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.python), *arguments],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env={**ENVIRONMENT, **(environment or {})},
+            timeout=60,
+            check=False,
+        )
+
+    def finders(self, *flags: str, environment: dict[str, str] | None = None) -> int:
+        """How many finders of ours a new interpreter has; it must say nothing else."""
+        done = self.run(*flags, "-c", LIVE, environment=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        return int(done.stdout)
+
+    def script(
+        self,
+        name: str,
+        *arguments: str,
+        root: Path = ROOT,
+        environment: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(root / name), "--python", str(self.python), *arguments],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env={**ENVIRONMENT, **(environment or {})},
+            timeout=120,
+            check=False,
+        )
+
+    def install(self, *arguments: str, root: Path = ROOT) -> None:
+        done = self.script(INSTALL, *arguments, root=root)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+
+    def uninstall(self, root: Path = ROOT) -> None:
+        done = self.script(UNINSTALL, root=root)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+
+    def refused(self, name: str, *arguments: str, root: Path = ROOT, status: int = 1) -> str:
+        """Run a script that must refuse in one sentence and change nothing; the sentence."""
+        before = tree(self.purelib, times=True)
+        done = self.script(name, *arguments, root=root)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert done.stderr.startswith(f"{name}: ")
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.endswith(".\n")
+        assert without_times(tree(self.purelib, times=True)) == without_times(before)
+        return done.stderr
+
+    def empty(self) -> None:
+        for path in self.purelib.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def without_times(found: Tree) -> Tree:
+    return {path: (kind, 0, data) for path, (kind, _, data) in found.items()}
+
+
+def interpreter(version: str) -> Path | None:
+    """A CPython of this version: from pyenv, or else from PATH."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    candidates = sorted(versions.glob(f"{version}.*/bin/python"))
+    if sys.version_info[:2] == tuple(int(part) for part in version.split(".")):
+        candidates.append(Path(sys.executable))
+    on_path = shutil.which(f"python{version}")
+    if on_path:
+        candidates.append(Path(on_path))
+    for candidate in candidates:
+        # A pyenv shim is on PATH for versions that are not active, and then only complains.
+        done = subprocess.run([candidate, "-c", "import venv"], capture_output=True, check=False)
+        if done.returncode == 0:
+            return candidate
+    return None
+
+
+def make_target(place: Path, version: str) -> Target:
+    base = interpreter(version)
+    if base is None:
+        pytest.skip(f"there is no Python {version} here")
+    subprocess.run([base, "-m", "venv", "--without-pip", place], check=True)
+    python = place / "bin" / "python"
+    asked = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
+    )
+    return Target(python, Path(asked.stdout.strip()), version)
+
+
+@pytest.fixture(scope="session", params=SUPPORTED)
+def every_python(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Target:
+    """A virtual environment with the hook, of each Python; not to be changed."""
+    made = make_target(tmp_path_factory.mktemp(f"python{request.param}-"), request.param)
+    made.install()
+    return made
+
+
+@pytest.fixture(scope="session")
+def _shared_target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return make_target(tmp_path_factory.mktemp("target-"), here)
+
+
+@pytest.fixture
+def target(_shared_target: Target) -> Target:
+    """A virtual environment with nothing in its site-packages."""
+    _shared_target.empty()
+    return _shared_target
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the scripts need, with a library of three files, for tests to change."""
+    place = tmp_path / "checkout"
+    place.mkdir()
+    for name in (
+        INSTALL,
+        UNINSTALL,
+        "LICENSE",
+        "pyproject.toml",
+        "sglang_injector.pth",
+        "sglang_injector.start",
+        "sglang_patch_loader.py",
+        "sglang_weight_hook_patch_core.py",
+    ):
+        shutil.copy2(ROOT / name, place)
+    shutil.copytree(
+        ROOT / "installer", place / "installer", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    package = place / "sglang_weight_hook"
+    package.mkdir()
+    (package / "__init__.py").write_text('__version__ = "0.0.9"\n')
+    (package / "reader.py").write_text("READS = True\n")
+    (package / "py.typed").write_text("")
+    return place
