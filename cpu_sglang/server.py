@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from cpu_sglang import orphan_guard
 from cpu_sglang.environment import Environment
@@ -42,6 +42,7 @@ READY_LINE = "The server is fired up and ready to roll!"
 PROMPT = (75, 104, 111, 111, 114)
 
 Progress = Callable[[float, str], None]
+AServer = TypeVar("AServer", bound="Server")
 
 
 class ServerFailed(RuntimeError):
@@ -99,7 +100,7 @@ class Server:
 
     # -- life ---------------------------------------------------------------
 
-    def __enter__(self) -> Server:
+    def __enter__(self: AServer) -> AServer:
         return self.start()
 
     def __exit__(
@@ -110,7 +111,7 @@ class Server:
     ) -> None:
         self.stop()
 
-    def start(self) -> Server:
+    def start(self: AServer) -> AServer:
         """Start the server and return once it answers and its warm-up is over."""
         if self._process is not None:
             raise ServerFailed("this server was started already")

@@ -126,6 +126,10 @@ def capture(runner: Any) -> Capture:
             canonical = by_place.get(place) if row.ptr else None
             if canonical is not None:
                 aliases.setdefault(canonical, []).append(name)
+            elif name in tensors:
+                # "a.b" can be b of module a, or an attribute of that very name.
+                left_out[f"{name} ({kind})"] = "another tensor has this name"
+                continue
             else:
                 tensors[name] = row
                 if row.ptr:
@@ -146,14 +150,16 @@ def capture(runner: Any) -> Capture:
     )
 
 
-def parameters_as_torch_names_them(runner: Any) -> list[str]:
-    """``named_parameters()``'s own names: an independent count to hold our walk against."""
-    return [name for name, _ in runner.model.named_parameters()]
+def parameter_count(runner: Any) -> int:
+    """How many parameters torch itself counts: what our own walk is held against."""
+    return sum(1 for _ in runner.model.named_parameters())
 
 
 def _device_type(runner: Any) -> str:
     """The runner's own device: weights anywhere else are not resident on it."""
-    device = str(getattr(runner, "device", "") or "cuda")
+    device = str(getattr(runner, "device", None) or "")
+    if not device:
+        device = "cuda" if cuda_driver.is_initialised() else "cpu"
     return device.split(":")[0]
 
 

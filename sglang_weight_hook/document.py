@@ -22,7 +22,8 @@ SCHEMA_VERSION = 1
 GIB = 1024.0**3
 
 # State files stay under 2 KB, so a message of SGLang's is cut, and so is a list of names.
-MESSAGE_LIMIT = 300
+MESSAGE_LIMIT = 280
+NAME_LIMIT = 72
 
 
 # --- the prototype's four formats ---------------------------------------------------------
@@ -283,7 +284,7 @@ def state(
     now: float,
 ) -> dict[str, Any]:
     """``weight_state_{slot}.json``, under 2 KB whatever SGLang's message or names are."""
-    shown = [text[:80] for text in missing[:6]]
+    shown = [_short(text, NAME_LIMIT) for text in missing[:5]]
     return {
         "schema": STATE_SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -294,9 +295,9 @@ def state(
         "pid": process["pid"],
         "process_start_ticks": process["process_start_ticks"],
         "boot_id": process["boot_id"],
-        "hostname": process["hostname"][:64],
-        "slot": slot[:96],
-        "lock": lock,
+        "hostname": _short(process["hostname"], NAME_LIMIT),
+        "slot": _short(slot, 2 * NAME_LIMIT),
+        "lock": _short(lock, NAME_LIMIT),
         "missing": shown,
         "missing_count": len(missing),
         "problem": _short(problem),
@@ -315,7 +316,7 @@ def event(
 ) -> dict[str, Any]:
     """One event, for both documents.  ``success`` is null while it lasts."""
     return {
-        "kind": kind,
+        "kind": _short(kind, NAME_LIMIT),
         "success": success,
         "message": _short(message),
         "started_at": started_at,
@@ -325,11 +326,11 @@ def event(
     }
 
 
-def _short(text: Optional[str]) -> Optional[str]:
-    """Cut to `MESSAGE_LIMIT` bytes of JSON, whatever escapes the text needs."""
+def _short(text: Optional[str], limit: int = MESSAGE_LIMIT) -> Optional[str]:
+    """Cut to ``limit`` bytes of JSON, whatever escapes the text needs."""
     if text is None:
         return None
-    cut = text[:MESSAGE_LIMIT]
-    while len(json.dumps(cut)) > MESSAGE_LIMIT + 2:
+    cut = text[:limit]
+    while len(json.dumps(cut)) > limit:
         cut = cut[: len(cut) * 3 // 4]
     return cut if cut == text else cut + "..."

@@ -146,6 +146,7 @@ class Slot:
         self._patient = True  # whether the next wait for the lock may take lock_timeout
         self.lock_status = "not held"
         self._claim()
+        self._clear_predecessor()
 
     def path(self, document: str) -> str:
         """Absolute path of one of `DOCUMENTS` or of the lock files."""
@@ -171,7 +172,6 @@ class Slot:
                 self.directory,
                 self.name,
             )
-        self._clear_predecessor()
 
     def _candidates(self) -> Iterator[str]:
         yield self.wanted
@@ -197,7 +197,7 @@ class Slot:
                         os.unlink(os.path.join(self.directory, entry))
 
     def reclaim_if_lost(self) -> None:
-        """Claim anew when the directory or the owner file was removed under us."""
+        """Claim anew when the directory or the owner file was removed under us.  Raises OSError."""
         if not _is_same_file(self._owner_fd, self.path(OWNER_LOCK)):
             self.abandon()
             self._claim()
@@ -221,7 +221,7 @@ class Slot:
         Raises nothing: without the lock the server goes on.
         """
         try:
-            os.makedirs(self.directory, exist_ok=True)
+            self.reclaim_if_lost()
             if not _is_same_file(self._saving_fd, self.path(SAVING_LOCK)):
                 if self._saving_fd >= 0:
                     os.close(self._saving_fd)
@@ -261,7 +261,6 @@ class Slot:
             write_whole(path, data)
         except FileNotFoundError:
             # The directory was removed while the server runs: make it again.
-            os.makedirs(self.directory, exist_ok=True)
             self.reclaim_if_lost()
             write_whole(self.path(document), data)
 

@@ -235,6 +235,24 @@ def _read_json(path: str) -> Optional[dict[str, Any]]:
     return value
 
 
+# What the reader itself relies on; everything else is the caller's to look for.
+_REQUIRED: dict[str, dict[str, type]] = {
+    STATE_SCHEMA: {
+        "state": str,
+        "layout_generation": int,
+        "content_generation": int,
+        "pid": int,
+    },
+    SCHEMA: {
+        "layout_generation": int,
+        "content_generation": int,
+        "identity": dict,
+        "tensors": dict,
+        "regions": list,
+    },
+}
+
+
 def _check_schema(document: dict[str, Any], schema: str, path: str) -> None:
     if document.get("schema") != schema:
         raise HookError(f"{path} is no {schema} document; it was not written by the hook")
@@ -244,19 +262,24 @@ def _check_schema(document: dict[str, Any], schema: str, path: str) -> None:
             f"{path} has schema version {version!r}, this reader knows 1 to {SCHEMA_VERSION}; "
             f"install the hook's newer release where you read"
         )
+    for name, kind in _REQUIRED[schema].items():
+        if not isinstance(document.get(name), kind):
+            raise HookError(f"{path} has no proper {name!r}; it was not written by the hook")
 
 
 def _belong_together(before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]) -> bool:
-    generations = {part["layout_generation"] for part in (before, layout, after)}
-    owners = {
-        (part["pid"], part["process_start_ticks"], part["boot_id"])
-        for part in (before, layout["identity"], after)
-    }
-    return len(generations) == 1 and len(owners) == 1
+    owner = layout["identity"]
+    return before["layout_generation"] == layout["layout_generation"] == after[
+        "layout_generation"
+    ] and _process(before) == _process(owner) == _process(after)
+
+
+def _process(part: dict[str, Any]) -> tuple[Any, ...]:
+    return part.get("pid"), part.get("process_start_ticks"), part.get("boot_id")
 
 
 def _process_lives(state: dict[str, Any]) -> bool:
     """Best answer without the owner lock; another host's process is taken to live."""
-    if state["hostname"] != socket.gethostname() or state["boot_id"] != identity.boot_id():
+    if (state.get("hostname"), state.get("boot_id")) != (socket.gethostname(), identity.boot_id()):
         return True
-    return bool(identity.start_ticks(int(state["pid"])) == state["process_start_ticks"])
+    return bool(identity.start_ticks(state["pid"]) == state.get("process_start_ticks"))

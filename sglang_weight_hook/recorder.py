@@ -35,13 +35,13 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
-from . import document, identity, once, publish, settings
+from . import cuda_driver, document, identity, once, publish, settings
 from .capture import (
     Capture,
     capture,
     known_allocations,
     moved,
-    parameters_as_torch_names_them,
+    parameter_count,
 )
 
 EFFECTS = ("load", "commit", "settle", "update", "stream", "open", "close", "release", "resume")
@@ -133,6 +133,8 @@ class Tracked:
     def complete(self) -> None:
         """The last call has left: look, compare, publish."""
         runner = self.runner()
+        if runner is None:
+            return  # collected meanwhile, and its slot reaped
         try:
             if self.layout_stands() and not moved(self.captured, runner):
                 self.content_generation += 1
@@ -154,7 +156,23 @@ class Tracked:
         )
         self.state = self.state_after()
         self.problem = None
-        self.publish_all(runner, captured, self.finished_event(changes))
+        event = self.finished_event(changes)
+        try:
+            contents = self.documents(runner, captured, event)
+        except Exception as error:
+            self.withdraw(f"no document could be made: {type(error).__name__}: {error}")
+            return
+        self.write_documents(contents)
+        self.write_state(event)
+        if self.starting and self.problem is None:
+            once.info(
+                f"published {self.slot.name} {self.kind}",
+                "%s: %d tensors of slot %s are in %s",
+                self.kind,
+                len(captured.tensors),
+                self.slot.name,
+                self.slot.path(publish.LAYOUT),
+            )
 
     def layout_stands(self) -> bool:
         """Whether only buckets came in, over a layout document that was written and is there."""
@@ -179,22 +197,26 @@ class Tracked:
     def generations(self) -> tuple[int, int]:
         return self.layout_generation, self.content_generation
 
-    def publish_all(self, runner: Any, captured: Capture, event: dict[str, Any]) -> None:
+    @property
+    def starting(self) -> bool:
+        """Whether the event belongs to the start, not to an update of a running engine."""
+        return bool(self.effects & {"load", "commit", "settle"})
+
+    def documents(self, runner: Any, captured: Capture, event: dict[str, Any]) -> dict[str, Any]:
+        """Everything to publish after a full capture but the state, by file name."""
         now = time.time()
         regions = document.regions_of(captured)
         meta = document.weights_meta(captured, self.updated)
         sums = document.total_weight_meta(meta)
-        starting = bool(self.effects & {"load", "commit", "settle"})
-        named = len(parameters_as_torch_names_them(runner)) if starting else None
         layout = document.layout(
             captured,
             regions,
-            identity.identity(runner),
+            _or_else({**self.process}, identity.identity, runner),
             self.generations,
             self.state,
             event,
-            _device_memory(captured.device_type),
-            named,
+            _or_else(None, _device_memory, captured.device_type),
+            _or_else(None, parameter_count, runner) if self.starting else None,
             now,
         )
         contents = {
@@ -203,19 +225,9 @@ class Tracked:
             publish.TOTAL_META: sums,
             publish.MERGED: document.merged_weights(captured, regions),
         }
-        if not starting:
+        if not self.starting:
             contents[publish.SUMMARY] = document.update_summary(meta, sums, self.gpu_id, now)
-        self.write_documents(contents)
-        self.write_state(event)
-        if starting and self.problem is None:
-            once.info(
-                f"published {self.slot.name} {self.kind}",
-                "%s: %d tensors of slot %s are in %s",
-                self.kind,
-                len(captured.tensors),
-                self.slot.name,
-                self.slot.path(publish.LAYOUT),
-            )
+        return contents
 
     def write_documents(self, contents: dict[str, Any]) -> None:
         """Write each; one that can't be written is taken away, for it would be out of date."""
@@ -256,6 +268,7 @@ class Tracked:
                 publish.MERGED: [],
             }
         )
+        self.remove(publish.SUMMARY)
         self.write_state(event)
 
     def write_state(self, event: dict[str, Any]) -> None:
@@ -351,9 +364,10 @@ def outcome(result: Any, error: Optional[BaseException]) -> tuple[bool, Optional
     (False, 'ValueError: x')
     """
     if error is not None:
-        return False, f"{type(error).__name__}: {error}"
+        return False, f"{type(error).__name__}: {_or_else('(it has no text)', str, error)}"
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
-        return result[0], None if result[1] is None else str(result[1])
+        message = result[1]
+        return result[0], None if message is None else _or_else("(it has no text)", str, message)
     return True, None
 
 
@@ -459,8 +473,9 @@ def _reap() -> None:
     """Withdraw the slots of runners that are gone: their addresses belong to nobody now."""
     while _dead:
         key, tracked = _dead.popleft()
-        if _tracked.get(key) is tracked:
-            del _tracked[key]
+        if _tracked.get(key) is not tracked:
+            continue  # a forked child's copy: the slot is the parent's
+        del _tracked[key]
         for name in publish.DOCUMENTS:
             tracked.remove(name)
         tracked.slot.abandon()
@@ -474,9 +489,19 @@ def _guarded(call: Any, *arguments: Any) -> None:
         once.warn(f"recorder {name}", "%s failed, SGLang goes on: %r", name, error)
 
 
+def _or_else(default: Any, ask: Any, *arguments: Any) -> Any:
+    """An answer that the map can do without: ``default`` where asking fails."""
+    try:
+        return ask(*arguments)
+    except Exception as error:
+        what = getattr(ask, "__name__", "?")
+        once.warn(f"ask {what}", "%s could not be told: %s", what, type(error).__name__)
+        return default
+
+
 def _device_memory(device_type: str) -> Optional[dict[str, int]]:
     """Free and total bytes of the current device (``cudaMemGetInfo``); None without CUDA."""
-    if device_type != "cuda":
+    if device_type != "cuda" or not cuda_driver.is_initialised():
         return None
     import torch
 

@@ -6,11 +6,19 @@ processes that hold a ModelRunner, with ``answer-N-PID.json``: what torch itself
 every parameter and buffer of every live runner, found through the garbage collector.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def _runners():
+_started: list[bool] = []  # a venv runs each .pth line twice
+
+
+def _runners() -> list[Any]:
     gc = sys.modules["gc"]
     module = sys.modules.get("sglang.srt.model_executor.model_runner")
     cls = getattr(module, "ModelRunner", None)
@@ -20,7 +28,7 @@ def _runners():
     return [found for found in gc.get_objects() if type(found) is cls and hasattr(found, "model")]
 
 
-def _describe(runner):
+def _describe(runner: Any) -> dict[str, Any]:
     tensors = {}
     for kind, named in (
         ("parameter", runner.model.named_parameters(remove_duplicate=False)),
@@ -47,9 +55,9 @@ def _describe(runner):
     }
 
 
-def _serve(directory):
+def _serve(directory: str) -> None:
     json, time = sys.modules["json"], sys.modules["time"]
-    answered = set()
+    answered: set[str] = set()
     while True:
         time.sleep(0.05)
         try:
@@ -67,15 +75,15 @@ def _serve(directory):
                 os.rename(path + ".part", path)
 
 
-def start():
+def start() -> None:
     directory = os.environ.get("WEIGHT_PROBE_DIR")
     # multiprocessing's resource tracker and the like have no weights and no need of a thread.
-    if directory and "_weight_probe_started" not in sys.__dict__:
+    if directory and not _started:
         # Here, not in the thread: one that imports while SGLang does may wait for it for ever.
         import gc  # noqa: F401
         import json  # noqa: F401
         import threading
         import time  # noqa: F401
 
-        sys._weight_probe_started = True
+        _started.append(True)
         threading.Thread(target=_serve, args=(directory,), daemon=True).start()
