@@ -31,6 +31,8 @@ CORE = "sglang_weight_hook_patch_core"
 # two lists equal.
 TARGETS = frozenset(
     (
+        "sglang.srt.disaggregation.encode_server",
+        "sglang.srt.disaggregation.encoder.server",
         "sglang.srt.elastic_ep.expert_backup_client",
         "sglang.srt.eplb.eplb_manager",
         "sglang.srt.eplb.expert_location_updater",

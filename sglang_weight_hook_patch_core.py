@@ -42,6 +42,9 @@ EPLB_MANAGER = ("sglang.srt.eplb.eplb_manager", "")  # a function of the module 
 EXPERT_BACKUP = ("sglang.srt.elastic_ep.expert_backup_client", "ExpertBackupClient")
 WEIGHT_CHECKER = ("sglang.srt.utils.weight_checker", "WeightChecker")
 
+ENCODER_OLD = ("sglang.srt.disaggregation.encode_server", "MMEncoder")
+ENCODER = ("sglang.srt.disaggregation.encoder.server", "MMEncoder")
+
 OLDEST = "0.4.6.post5"
 NEWEST = "0.5.23"
 
@@ -89,6 +92,9 @@ ENTRY_POINTS = (
     # event           effect      class              method                  whose     first          last
     EntryPoint("load_model", "load", RUNNER, "load_model", "self"),
     EntryPoint("finalize_startup_weight_load", "commit", RUNNER, "finalize_startup_weight_load", "self", "0.5.18"),
+    # Encoder-only servers have no ModelRunner: the encoder loads its model as it is built.
+    EntryPoint("encoder_ready", "build", ENCODER_OLD, "__init__", "self", "0.5.8.post1", "0.5.18"),
+    EntryPoint("encoder_ready", "build", ENCODER, "__init__", "self", "0.5.20"),
     EntryPoint("scheduler_ready", "settle", SCHEDULER, "__init__", "process"),
 
     EntryPoint(_DISK, "update", RUNNER, _DISK, "self", OLDEST, "0.5.15.post1"),
@@ -248,7 +254,7 @@ def _begin(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         from sglang_weight_hook import recorder
 
-        if entry.effect in ("load", "settle"):
+        if entry.effect in ("load", "settle", "build"):
             _check_all_events()
         return recorder.begin(
             entry.event,

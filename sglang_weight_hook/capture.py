@@ -7,6 +7,7 @@ here raises freely; the recorder stands between it and SGLang.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Optional
 
@@ -80,6 +81,7 @@ class Capture(NamedTuple):
     # storage_ptr -> the driver allocations (base, size) under it, ascending.  One as a rule;
     # several where the caching allocator maps expandable segments piece by piece.
     allocations: dict[int, list[tuple[int, int]]]
+    allocation_kinds: dict[int, str]  # allocation base -> cuda_driver.CUDA_MALLOC or VMM
     kv_cache: list[dict[str, Any]]
     # Names under which torch lists a parameter -> the canonical name of its row.
     torch_names: dict[str, str]
@@ -137,13 +139,15 @@ def capture(runner: Any) -> Capture:
             by_identity.setdefault(id(outer), canonical or name)
             if kind == PARAMETER:
                 torch_names[name] = canonical or name
+    allocations = _allocations(tensors.values())
     return Capture(
         device_type=device_type,
         tensors=tensors,
         aliases=aliases,
         left_out=left_out,
         expected=expected,
-        allocations=_allocations(tensors.values()),
+        allocations=allocations,
+        allocation_kinds=_allocation_kinds(allocations),
         kv_cache=_kv_cache(runner),
         torch_names=torch_names,
         footprint=_footprint(model),
@@ -241,9 +245,13 @@ def _kv_cache(runner: Any) -> list[dict[str, Any]]:
         except Exception:
             continue
         if row.ptr and row.size:
+            role, layer = _kv_place(name)
+            first = getattr(pool, "start_layer", 0)
             ranges.append(
                 {
                     "name": name,
+                    "role": role,
+                    "layer": None if layer is None else layer + (first or 0),
                     "ptr": row.ptr,
                     "size": row.span,
                     "device": row.device,
@@ -254,6 +262,17 @@ def _kv_cache(runner: Any) -> list[dict[str, Any]]:
                 }
             )
     return ranges
+
+
+# k_buffer and v_buffer of an MHA pool, kv_buffer of an MLA pool, one tensor a layer
+# (SGLang, mem_cache/memory_pool.py); pools of pools put their own name in front.
+_KV_BUFFER = re.compile(r"(?:^|\.)(k|v|kv)_buffer\.(\d+)$")
+
+
+def _kv_place(name: str) -> tuple[Optional[str], Optional[int]]:
+    """Role and layer within its pool, from the name of a KV buffer."""
+    match = _KV_BUFFER.search(name)
+    return (match.group(1), int(match.group(2))) if match else (None, None)
 
 
 def _tensors_of_object(prefix: str, owner: Any, depth: int) -> Iterator[tuple[str, Any]]:
@@ -352,6 +371,16 @@ def _allocations(rows: Iterable[Row]) -> dict[int, list[tuple[int, int]]]:
     return allocations
 
 
+def _allocation_kinds(allocations: dict[int, list[tuple[int, int]]]) -> dict[int, str]:
+    kinds: dict[int, str] = {}
+    for pieces in allocations.values():
+        for base, _ in pieces:
+            kind = kinds.get(base) or cuda_driver.allocation_kind(base)
+            if kind is not None:
+                kinds[base] = kind
+    return kinds
+
+
 def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
     """``after`` with the allocations of ``before`` where the driver gave none for a storage.
 
@@ -366,7 +395,23 @@ def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
         for row in after.tensors.values()
         if row.storage_ptr in before.allocations and sizes.get(row.storage_ptr) == row.storage_size
     }
-    return after._replace(allocations={**kept, **after.allocations})
+    return after._replace(
+        allocations={**kept, **after.allocations},
+        allocation_kinds={**before.allocation_kinds, **after.allocation_kinds},
+    )
+
+
+def live_tensors(runner: Any, captured: Capture) -> list[tuple[str, Any]]:
+    """The captured resident tensors themselves, for as long as the caller looks at them."""
+    walked = _walk_model(runner.model)
+    named = [pair for kind in walked.values() for pair in kind] + list(_lora_pool(runner))
+    found: dict[str, Any] = {}
+    for outer_name, outer in named:
+        for name, tensor in _plain_tensors(outer_name, outer):
+            row = captured.tensors.get(name)
+            if row is not None and row.resident and name not in found:
+                found[name] = tensor
+    return list(found.items())
 
 
 # --- has anything moved? ------------------------------------------------------------------

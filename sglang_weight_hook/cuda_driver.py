@@ -66,6 +66,33 @@ def allocations_under(address: int, size: int) -> list[tuple[int, int]]:
     return found
 
 
+# CUpointer_attribute values (cuda.h).
+_IS_LEGACY_CUDA_IPC_CAPABLE = 10
+
+CUDA_MALLOC, VMM = "cuda_malloc", "vmm"
+
+
+def allocation_kind(address: int) -> Optional[str]:
+    """How the memory at ``address`` was allocated: ``cuda_malloc``, or ``vmm`` (cuMemCreate).
+
+    VMM memory, which expandable segments and the memory saver use, can't be exported with
+    cudaIpcGetMemHandle, and the driver says so (``IS_LEGACY_CUDA_IPC_CAPABLE``).  None when
+    the driver does not know the address.
+    """
+    library = _library()
+    if library is None:
+        return None
+    capable = ctypes.c_int()
+    status = library.cuPointerGetAttribute(
+        ctypes.byref(capable),
+        ctypes.c_int(_IS_LEGACY_CUDA_IPC_CAPABLE),
+        ctypes.c_uint64(address),
+    )
+    if status != 0:
+        return None
+    return CUDA_MALLOC if capable.value else VMM
+
+
 def device_identity(ordinal: int) -> tuple[Optional[str], Optional[str]]:
     """UUID (``GPU-…``, as nvidia-smi prints it) and PCI bus id of a visible device."""
     library = _library()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
-from .capture import Capture, Row
+from .capture import LORA, Capture, Row
 from .geometry import Region, merge
 
 SCHEMA = "sglang-weight-layout"
@@ -103,9 +103,9 @@ def _allocations_of(captured: Capture, row: Row) -> list[tuple[int, int]]:
     return captured.allocations.get(row.storage_ptr) or [(row.storage_ptr, row.storage_size)]
 
 
-def tensors(captured: Capture) -> dict[str, dict[str, Any]]:
+def tensors(captured: Capture, checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The ``tensors`` object: every tensor under its canonical name."""
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, row in captured.tensors.items():
         result[name] = {
             "ptr": row.ptr,
@@ -122,58 +122,78 @@ def tensors(captured: Capture) -> dict[str, dict[str, Any]]:
             "resident": row.resident,
             "aliases": captured.aliases.get(name, []),
         }
+        if name in checksums:
+            result[name]["checksum"] = checksums[name]
     return result
+
+
+class Standing(NamedTuple):
+    """What the recorder knows of a slot beyond the capture, for both documents."""
+
+    state: str
+    layout_generation: int
+    content_generation: int
+    physical_epoch: int
+    kv_physical_epoch: int
+    residency: Mapping[str, str]  # memory saver tag -> "resident" or "released"
+
+    def fields(self) -> dict[str, Any]:
+        return {**self._asdict(), "residency": dict(self.residency)}
 
 
 def layout(
     captured: Capture,
     regions: list[Region],
+    standing: Standing,
     identity: Mapping[str, Any],
-    generations: tuple[int, int],
-    state: str,
     event: Mapping[str, Any],
-    device_memory: Optional[Mapping[str, Any]],
-    named_parameters: Optional[int],
+    memory: Mapping[str, Any],
+    validation: Mapping[str, Any],
+    checksums: Optional[Mapping[str, Any]],
     now: float,
 ) -> dict[str, Any]:
     """``weight_layout_{slot}.json``.
 
-    ``generations``: layout, content.  ``named_parameters``: torch's own count, where it was
-    asked for.
+    ``checksums``: ``algorithm``, ``content_generation``, ``seconds`` and ``by_name``, or None
+    where nobody asked.
     """
+    by_name = checksums["by_name"] if checksums else {}
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
-        "layout_generation": generations[0],
-        "content_generation": generations[1],
-        "state": state,
+        **standing.fields(),
         "updated_at": now,
         "identity": dict(identity),
         "event": dict(event),
         "totals": totals(captured),
-        "memory": memory(captured, device_memory),
-        "validation": validation(captured, named_parameters),
-        "regions": [
-            {
-                "ptr": region.start,
-                "size": region.end - region.start,
-                "device": captured.tensors[region.names[0]].device,
-                "allocation_ptr": region.allocation[0],
-                "allocation_size": region.allocation[1],
-                "allocation_source": "driver"
-                if captured.tensors[region.names[0]].storage_ptr in captured.allocations
-                else "storage",
-                "tensors": region.names,
-            }
-            for region in regions
-        ],
-        "tensors": tensors(captured),
+        "memory": {**memory, "kv_cache": captured.kv_cache},
+        "validation": dict(validation),
+        "checksums": {key: checksums[key] for key in checksums if key != "by_name"}
+        if checksums
+        else None,
+        "regions": [_region(captured, region) for region in regions],
+        "tensors": tensors(captured, by_name),
+    }
+
+
+def _region(captured: Capture, region: Region) -> dict[str, Any]:
+    first = captured.tensors[region.names[0]]
+    base, size = region.allocation
+    return {
+        "ptr": region.start,
+        "size": region.end - region.start,
+        "device": first.device,
+        "allocation_ptr": base,
+        "allocation_size": size,
+        "allocation_source": "driver" if first.storage_ptr in captured.allocations else "storage",
+        "allocation_kind": captured.allocation_kinds.get(base),
+        "tensors": region.names,
     }
 
 
 def withdrawn(
+    standing: Standing,
     identity: Mapping[str, Any],
-    generations: tuple[int, int],
     problem: str,
     event: Mapping[str, Any],
     now: float,
@@ -182,15 +202,14 @@ def withdrawn(
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
-        "layout_generation": generations[0],
-        "content_generation": generations[1],
-        "state": "failed",
+        **standing.fields(),
         "updated_at": now,
         "identity": dict(identity),
         "event": dict(event),
         "totals": {},
         "memory": {},
         "validation": {"problem": problem},
+        "checksums": None,
         "regions": [],
         "tensors": {},
     }
@@ -213,22 +232,43 @@ def totals(captured: Capture) -> dict[str, dict[str, int]]:
     return result
 
 
-def memory(captured: Capture, device: Optional[Mapping[str, Any]]) -> dict[str, Any]:
-    """Weights, KV cache and the device's own figures."""
-    resident = [row for row in captured.tensors.values() if row.resident]
-    weights = {row.storage_ptr: row.storage_size for row in resident}
-    kv_storages = {entry["storage_ptr"]: entry["storage_size"] for entry in captured.kv_cache}
-    return {
-        "weights_bytes": sum(weights.values()),
-        "kv_cache_bytes": sum(kv_storages.values()),
-        "kv_cache": captured.kv_cache,
-        "device_total_bytes": device["total"] if device else None,
-        "device_free_bytes": device["free"] if device else None,
-    }
+class Storages(NamedTuple):
+    """The storages behind a slot: address -> bytes."""
+
+    weights: dict[int, int]
+    lora: dict[int, int]
+    kv_cache: dict[int, int]
+
+    def all(self) -> dict[int, int]:
+        return {**self.kv_cache, **self.lora, **self.weights}
 
 
-def validation(captured: Capture, named_parameters: Optional[int]) -> dict[str, Any]:
-    """Names the model holds against tensors published; what has no row, and why."""
+def storages_of(captured: Capture) -> Storages:
+    """Every storage once, under the first of weights, LoRA and KV cache that uses it."""
+    found = Storages({}, {}, {})
+    for row in captured.tensors.values():
+        if row.resident and row.storage_ptr and row.storage_ptr not in found.weights:
+            kind = found.lora if row.kind == LORA else found.weights
+            kind[row.storage_ptr] = row.storage_size
+    for start in found.weights:
+        found.lora.pop(start, None)
+    for entry in captured.kv_cache:
+        start = entry["storage_ptr"]
+        if start not in found.weights and start not in found.lora:
+            found.kv_cache[start] = entry["storage_size"]
+    return found
+
+
+def validation(
+    captured: Capture,
+    named_parameters: Optional[int],
+    allocator: Optional[Mapping[str, int]],
+) -> dict[str, Any]:
+    """Names the model holds against tensors published; what has no row, and why.
+
+    ``named_parameters``: torch's own count, where it was asked for.  ``allocator``: what the
+    caching allocator has live against what is explained (`memory.reconcile`).
+    """
     kinds: dict[str, int] = {}
     not_resident = []
     for name, row in captured.tensors.items():
@@ -242,6 +282,7 @@ def validation(captured: Capture, named_parameters: Optional[int]) -> dict[str, 
         "named_parameters": named_parameters,
         "not_resident": not_resident,
         "left_out": dict(captured.left_out),
+        "allocator": None if allocator is None else dict(allocator),
     }
 
 
@@ -273,8 +314,7 @@ def same_layout(before: Optional[Capture], after: Capture) -> bool:
 
 
 def state(
-    name: str,
-    generations: tuple[int, int],
+    standing: Standing,
     event: Mapping[str, Any],
     process: Mapping[str, Any],
     slot: str,
@@ -284,13 +324,10 @@ def state(
     now: float,
 ) -> dict[str, Any]:
     """``weight_state_{slot}.json``, under 2 KB whatever SGLang's message or names are."""
-    shown = [_short(text, NAME_LIMIT) for text in missing[:5]]
     return {
         "schema": STATE_SCHEMA,
         "schema_version": SCHEMA_VERSION,
-        "state": name,
-        "layout_generation": generations[0],
-        "content_generation": generations[1],
+        **standing.fields(),
         "event": dict(event),
         "pid": process["pid"],
         "process_start_ticks": process["process_start_ticks"],
@@ -298,7 +335,7 @@ def state(
         "hostname": _short(process["hostname"], NAME_LIMIT),
         "slot": _short(slot, 2 * NAME_LIMIT),
         "lock": _short(lock, NAME_LIMIT),
-        "missing": shown,
+        "missing": [_short(text, NAME_LIMIT) for text in missing[:5]],
         "missing_count": len(missing),
         "problem": _short(problem),
         "updated_at": now,
@@ -313,8 +350,14 @@ def event(
     finished_at: Optional[float],
     counts: Mapping[str, int],
     calls: int,
+    nested: Optional[Mapping[str, int]] = None,
+    capture_seconds: Optional[float] = None,
 ) -> dict[str, Any]:
-    """One event, for both documents.  ``success`` is null while it lasts."""
+    """One event, for both documents.  ``success`` is null while it lasts.
+
+    ``calls`` counts SGLang's calls inside it; ``nested`` those of other kinds, by kind.
+    """
+    shown = list((nested or {}).items())[:3]
     return {
         "kind": _short(kind, NAME_LIMIT),
         "success": success,
@@ -322,6 +365,8 @@ def event(
         "started_at": started_at,
         "finished_at": finished_at,
         "calls": calls,
+        "nested": {_short(name, NAME_LIMIT) or "": count for name, count in shown},
+        "capture_seconds": capture_seconds,
         **counts,
     }
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional
 
 DIRECTORY = "SGLANG_WEIGHT_HOOK_DIR"
 LOCK_TIMEOUT = "SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT"
+CHECKSUM = "SGLANG_WEIGHT_HOOK_CHECKSUM"
 
 DEFAULT_DIRECTORY = "weights_metadata"
 DEFAULT_LOCK_TIMEOUT = 10.0  # seconds
@@ -21,6 +22,7 @@ DEFAULT_LOCK_TIMEOUT = 10.0  # seconds
 class Settings(NamedTuple):
     directory: str  # absolute
     lock_timeout: float  # seconds; how long an update waits for readers, at most
+    checksum: bool = False  # whether every tensor's bytes are summed after each event
 
 
 _base: Optional[str] = None  # the working directory when the settings were first asked for
@@ -44,6 +46,7 @@ def parse(environment: Mapping[str, str], base: str) -> Settings:
     return Settings(
         directory=directory_from(environment.get(DIRECTORY), base),
         lock_timeout=_seconds(environment.get(LOCK_TIMEOUT)),
+        checksum=environment.get(CHECKSUM) == "1",
     )
 
 

@@ -204,7 +204,7 @@ def test_the_kv_cache_is_found_without_its_books() -> None:
         ("k_buffer.0", pool.k_buffer[0].data_ptr(), 64),
         ("v_buffer.0", pool.v_buffer[0].data_ptr(), 64),
     ]
-    assert document.memory(captured, None)["kv_cache_bytes"] == 128
+    assert sum(document.storages_of(captured).kv_cache.values()) == 128
 
 
 # --- where each lies ----------------------------------------------------------------------

@@ -255,11 +255,12 @@ def state(message: str, problem: str, missing: list[str], slot: str) -> dict[str
         time.time(),
         {"moved": 10**6, "added": 10**6, "removed": 10**6},
         10**9,
+        {"update_weights_from_distributed": 10**9, "update_weights_from_tensor": 10**9},
+        10**3 + 0.123456,
     )
-    generations = (10**9, 10**9)
+    residency = dict.fromkeys(("weights", "kv_cache", "cuda_graph"), "resident")
     return document.state(
-        "updating",
-        generations,
+        document.Standing("updating", 10**9, 10**9, 10**9, 10**9, residency),
         event,
         PROCESS,
         slot,

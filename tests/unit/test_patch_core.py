@@ -87,6 +87,9 @@ FORMS: dict[tuple[str, str], list[tuple[str, list[Call]]]] = {
     ("Scheduler", "__init__"): [
         ("(self, server_args, port_args, gpu_id)", [Call(("s", "p"), {"gpu_id": 0})])
     ],
+    ("MMEncoder", "__init__"): [
+        ("(self, server_args, rank=0)", [Call(("s",), {}), Call(("s",), {"rank": 1})])
+    ],
     ("ModelRunner", "update_weights_from_disk"): [DISK_1, DISK_2],
     ("WeightUpdater", "update_weights_from_disk"): [DISK_2],
     ("ModelRunner", "update_weights_from_tensor"): [TENSOR],

@@ -15,7 +15,7 @@ from sglang_weight_hook import settings
 
 
 def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings.parse({}, "/srv") == ("/srv/weights_metadata", 10.0)
+    assert settings.parse({}, "/srv") == ("/srv/weights_metadata", 10.0, False)
 
 
 @pytest.mark.parametrize(
