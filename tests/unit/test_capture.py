@@ -258,7 +258,7 @@ def test_what_lies_on_another_device_is_listed_without_an_address() -> None:
         assert row.size > 0
     assert document.weights_meta(captured, False) == {}
     assert document.regions_of(captured) == []
-    assert document.validation(captured, 2)["not_resident"] == ["weight", "bias", "scale"]
+    assert document.validation(captured, 2, None)["not_resident"] == ["weight", "bias", "scale"]
 
 
 def test_a_meta_tensor_is_listed_without_an_address() -> None:
