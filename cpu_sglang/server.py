@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -296,10 +297,15 @@ _without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A free port below 50,000: SGLang adds 10,000 to it for a port of its own."""
+    while True:
+        with socket.socket() as probe:
+            port = random.randrange(20_000, 50_000)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
 
 
 def _parsed(content: bytes) -> Any:

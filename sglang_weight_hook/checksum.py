@@ -52,7 +52,10 @@ def _sums(torch: Any, tensor: Any) -> Any:
     position = 0
     rest = None  # bytes that did not fill a word yet
     for piece in _pieces(tensor):
-        data = piece.reshape(-1).view(torch.uint8)
+        flat = piece.reshape(-1)
+        if flat.stride(0) != 1:  # one element counts as contiguous whatever its stride
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        data = flat.view(torch.uint8)
         if rest is not None and rest.numel():
             data = torch.cat([rest, data])
         whole = data.numel() // 4 * 4
