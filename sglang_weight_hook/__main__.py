@@ -1,4 +1,8 @@
-"""``python -m sglang_weight_hook``."""
+"""``python -m sglang_weight_hook`` and ``sglang-weight-hook``: the command.
+
+What it needs beyond the standard library (typer and rich) is the ``cli`` extra.  Reading from
+Python (`sglang_weight_hook.reader`) goes without.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,22 @@ import sys
 
 
 def main() -> int:
-    from .reader import HookError, open_directory
-
     try:
-        for slot in open_directory(sys.argv[1] if len(sys.argv) > 1 else None).slots():
-            print(slot.read(), "alive" if slot.owner_alive() else "owner gone")
-    except HookError as error:
-        print(f"sglang-weight-hook: {error}", file=sys.stderr)
-        return 1
-    return 0
+        from . import cli
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
+            raise
+        remedy = (
+            "pip install 'sglang-weight-hook[cli]'"
+            if sys.version_info >= (3, 10)
+            else "use it from Python 3.10 or later"
+        )
+        sys.stderr.write(
+            f"sglang-weight-hook: the command needs {error.name}, which is not installed here: "
+            f"{remedy}\n"
+        )
+        return 2
+    return cli.main()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@
     >>> document.state["state"], len(document.tensors) > 0
     ('ready', True)
 
+A document's ``tensors`` and ``regions`` are the published objects as they are;
+`Document.iter_tensors`, `Document.iter_regions` and `Document.lookup` give the same as small
+typed objects.  Addresses and sizes are in bytes; shapes, strides and indices in elements.
+
 Every error is a `HookError` whose message says what to do.
 """
 
@@ -21,11 +25,17 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Optional, TypeVar, Union
 
 from . import identity, publish, settings
 from .document import SCHEMA, SCHEMA_VERSION, STATE_SCHEMA
+from .geometry import touched_bytes
+from .watch import DirectoryWatch
+
+if TYPE_CHECKING:
+    from .diff import Diff
 
 _STATE_NAME = re.compile(r"^weight_state_(.+)\.json$")
 
@@ -34,17 +44,324 @@ class HookError(Exception):
     """Anything that keeps a map from being read; the message says what to do about it."""
 
 
+# --- tensors, regions and what lies at an address ---------------------------------------------
+
+
+class Tensor(NamedTuple):
+    """One tensor of a document.  Addresses and sizes in bytes, the rest in elements."""
+
+    name: str  # the canonical one
+    ptr: int  # address of the first element; 0 where it has no memory (``meta``)
+    size: int  # what the values take: number of elements * bytes of one
+    span: int  # from the first to behind the last byte touched: what to read or register
+    device: str  # ``cuda:0``, ``cpu``, ...
+    dtype: str  # ``torch.bfloat16``, ...
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int
+    storage_ptr: int
+    storage_size: int
+    kind: str  # ``parameter``, ``buffer``, ``attribute`` or ``lora``
+    resident: bool  # whether it lies on the runner's own device
+    aliases: tuple[str, ...]  # its other names
+    checksum: Optional[str]  # only with SGLANG_WEIGHT_HOOK_CHECKSUM=1
+    raw: Mapping[str, Any]  # as published
+
+    @classmethod
+    def from_raw(cls, name: str, raw: Any) -> Tensor:
+        """From an entry of the layout's ``tensors``.  Raises HookError where it is none.
+
+        >>> half = Tensor.from_raw("model.layers.17.self_attn.w_kc", {
+        ...     "ptr": 4096, "size": 24, "device": "cuda:0", "dtype": "torch.bfloat16",
+        ...     "shape": [3, 4], "stride": [8, 1], "kind": "attribute"})
+        >>> half.layer, half.role, half.itemsize
+        (17, 'attention', 2)
+        >>> half.span, hex(half.end)   # rows lie 16 bytes apart, so it reaches beyond 24
+        (40, '0x1028')
+        >>> half.index_of(4096 + 16 + 3)   # byte 1 of an element
+        (1, 1)
+        >>> half.index_of(4096 + 8) is None   # between two rows
+        True
+        """
+        fields = _Fields(f"tensor {name!r}", raw)
+        ptr, size = fields.number("ptr"), fields.number("size")
+        shape, stride = fields.numbers("shape"), fields.numbers("stride")
+        if len(shape) != len(stride):
+            raise fields.improper("stride")
+        itemsize = _itemsize(shape, size)
+        return cls(
+            name=name,
+            ptr=ptr,
+            size=size,
+            span=fields.number("span", touched_bytes(shape, stride, itemsize)),
+            device=fields.text("device"),
+            dtype=fields.text("dtype"),
+            shape=shape,
+            stride=stride,
+            storage_offset=fields.number("storage_offset", 0),
+            storage_ptr=fields.number("storage_ptr", ptr),
+            storage_size=fields.number("storage_size", size),
+            kind=fields.text("kind"),
+            resident=raw.get("resident", True) is True,
+            aliases=fields.texts("aliases"),
+            checksum=fields.text("checksum") if raw.get("checksum") is not None else None,
+            raw=raw,
+        )
+
+    @property
+    def end(self) -> int:
+        """Address behind the last byte touched."""
+        return self.ptr + self.span
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; 0 for a tensor without elements."""
+        return _itemsize(self.shape, self.size)
+
+    @property
+    def layer(self) -> Optional[int]:
+        """Number of the layer, from the name; None outside of any."""
+        return layer_of(self.name)
+
+    @property
+    def role(self) -> str:
+        """What it is for, from the name: one of `ROLES`."""
+        return "lora" if self.kind == "lora" else role_of(self.name)
+
+    def index_of(self, address: int) -> Optional[tuple[int, ...]]:
+        """Index of the element that holds the byte at ``address``; None between elements.
+
+        Where elements overlap (stride 0) it is one of those that hold it.
+        """
+        if not self.itemsize or not self.ptr <= address < self.end:
+            return None
+        return _index(self.shape, self.stride, (address - self.ptr) // self.itemsize)
+
+
+class Region(NamedTuple):
+    """A run of weight bytes inside one allocation, ready to be registered.  In bytes."""
+
+    ptr: int
+    size: int
+    device: str
+    allocation_ptr: int
+    allocation_size: int
+    allocation_source: str  # ``driver``, or ``storage`` where only the tensor's own is known
+    allocation_kind: Optional[str]  # ``cuda_malloc``, ``vmm``, ``imported``; None: not told
+    tensors: tuple[str, ...]  # canonical names
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_raw(cls, raw: Any) -> Region:
+        """From an entry of the layout's ``regions``.  Raises HookError where it is none."""
+        fields = _Fields("a region", raw)
+        ptr, size = fields.number("ptr"), fields.number("size")
+        kind = raw.get("allocation_kind")
+        return cls(
+            ptr=ptr,
+            size=size,
+            device=fields.text("device"),
+            allocation_ptr=fields.number("allocation_ptr", ptr),
+            allocation_size=fields.number("allocation_size", size),
+            allocation_source=fields.text("allocation_source", "storage"),
+            allocation_kind=None if kind is None else fields.text("allocation_kind"),
+            tensors=fields.texts("tensors"),
+            raw=raw,
+        )
+
+    @property
+    def end(self) -> int:
+        return self.ptr + self.size
+
+
+class CacheBuffer(NamedTuple):
+    """One tensor of the KV cache.  Addresses and sizes in bytes."""
+
+    name: str
+    ptr: int
+    size: int
+    device: str
+    dtype: str
+    shape: tuple[int, ...]
+    layer: Optional[int]
+    role: Optional[str]  # ``k``, ``v`` or ``kv``
+    storage_ptr: int
+    storage_size: int
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_raw(cls, raw: Any) -> CacheBuffer:
+        """From an entry of ``memory.kv_cache``.  Raises HookError where it is none."""
+        fields = _Fields("a KV cache buffer", raw)
+        ptr, size = fields.number("ptr"), fields.number("size")
+        return cls(
+            name=fields.text("name", ""),
+            ptr=ptr,
+            size=size,
+            device=fields.text("device"),
+            dtype=fields.text("dtype", ""),
+            shape=fields.numbers("shape"),
+            layer=None if raw.get("layer") is None else fields.number("layer"),
+            role=None if raw.get("role") is None else fields.text("role"),
+            storage_ptr=fields.number("storage_ptr", ptr),
+            storage_size=fields.number("storage_size", size),
+            raw=raw,
+        )
+
+    @property
+    def end(self) -> int:
+        return self.ptr + self.size
+
+
+class Hit(NamedTuple):
+    """A tensor at an address."""
+
+    tensor: Tensor
+    offset: int  # bytes from the tensor's first byte
+    element: Optional[tuple[int, ...]]  # its index; None between elements (padding)
+    byte: Optional[int]  # which byte of that element
+
+    @property
+    def holds(self) -> bool:
+        """Whether the byte belongs to one of the tensor's elements."""
+        return self.element is not None
+
+
+Item = TypeVar("Item")
+
+
+class SpanIndex(Generic[Item]):
+    """Which of many spans cover an address, in O(log n + hits) after O(n log n) to build.
+
+    Spans may overlap and nest as they like.
+
+    >>> index = SpanIndex([(0, 100, "all"), (10, 20, "left"), (15, 30, "right"), (9, 9, "empty")])
+    >>> index.at(17)
+    ['all', 'left', 'right']
+    >>> index.at(30), index.at(100)
+    (['all'], [])
+    """
+
+    def __init__(self, spans: Iterable[tuple[int, int, Item]]) -> None:
+        """``spans``: ``(start, end, item)``, ``end`` exclusive."""
+        ordered = sorted((span for span in spans if span[0] < span[1]), key=lambda s: s[:2])
+        self._starts = [start for start, _, _ in ordered]
+        self._ends = [end for _, end, _ in ordered]
+        self._items = [item for _, _, item in ordered]
+        # _furthest[k][i]: which of the spans i .. i + 2**k - 1 ends last.  Two look-ups answer
+        # that for any range, so each hit found costs a constant.
+        self._furthest = [list(range(len(ordered)))]
+        width = 1
+        while 2 * width <= len(ordered):
+            below = self._furthest[-1]
+            self._furthest.append([self._later(i, j) for i, j in zip(below, below[width:])])
+            width *= 2
+
+    def at(self, address: int) -> list[Item]:
+        """The items of all spans that cover ``address``, by start address."""
+        found = []
+        ranges = [(0, bisect_right(self._starts, address))]
+        while ranges:
+            low, high = ranges.pop()
+            if low >= high:
+                continue
+            level = (high - low).bit_length() - 1
+            row = self._furthest[level]
+            last = self._later(row[low], row[high - (1 << level)])
+            if self._ends[last] > address:
+                found.append(last)
+                ranges += [(low, last), (last + 1, high)]
+        return [self._items[position] for position in sorted(found)]
+
+    def _later(self, one: int, other: int) -> int:
+        return one if self._ends[one] >= self._ends[other] else other
+
+
+# What `Tensor.role` can be.
+ROLES = (
+    "embedding",
+    "attention",
+    "mlp",
+    "moe_expert",
+    "norm",
+    "lm_head",
+    "rotary",
+    "lora",
+    "other",
+)
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.([0-9]{1,9})(?:\.|$)")
+
+# In this order: a norm inside the attention is a norm, an expert's projection an expert's.
+_ROLE_NAMES = (
+    ("lora", re.compile(r"(?:^|[._])lora(?:[._]|$)")),
+    ("rotary", re.compile(r"rotary|cos_sin|inv_freq|(?:^|[._])rope(?:[._]|$)")),
+    ("lm_head", re.compile(r"(?:^|\.)(?:lm_head|embed_out)(?:\.|$)")),
+    ("norm", re.compile(r"norm|(?:^|\.)ln_?(?:\w|\d+)?(?:\.|$)")),
+    ("moe_expert", re.compile(r"(?:^|[._])(?:shared_)?experts?(?:[._]|$)")),
+    (
+        "attention",
+        re.compile(r"attn|attention|(?:^|[._])(?:[qkvo]|qkv|kv_[ab]|q_[ab])_proj|w_kc|w_vc"),
+    ),
+    (
+        "mlp",
+        re.compile(
+            r"mlp|feed_forward|(?:^|[._])(?:ffn|fc\d|gate_proj|up_proj|gate_up_proj|down_proj"
+            r"|block_sparse_moe|dense_h_to_4h|dense_4h_to_h)(?:[._]|$)"
+        ),
+    ),
+    ("embedding", re.compile(r"embed|(?:^|\.)(?:wte|wpe)(?:\.|$)")),
+)
+
+
+def layer_of(name: str) -> Optional[int]:
+    """Number of the layer that a tensor's name puts it in.
+
+    >>> layer_of("model.layers.17.mlp.experts.w13_weight"), layer_of("model.norm.weight")
+    (17, None)
+    """
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def role_of(name: str) -> str:
+    """What a tensor is for, as far as its name tells: one of `ROLES`.
+
+    >>> role_of("model.layers.0.self_attn.q_norm.weight")
+    'norm'
+    >>> role_of("model.layers.3.mlp.shared_experts.down_proj.weight")
+    'moe_expert'
+    >>> role_of("model.layers.0.self_attn.rotary_emb.cos_sin_cache")
+    'rotary'
+    """
+    lowered = name.lower()
+    for role, pattern in _ROLE_NAMES:
+        if pattern.search(lowered):
+            return role
+    return "other"
+
+
+# --- documents --------------------------------------------------------------------------------
+
+
 class Document:
     """One consistent publication of a slot: layout and state of the same generation.
 
     ``raw``: the layout document; ``state``: the state document, which is the newer of the
     two about ``content_generation`` (buckets written in place rewrite only the state).
+    ``is_live`` is false for a saved copy (`open_file`), which nobody keeps up to date.
     """
 
-    def __init__(self, slot: Slot, raw: dict[str, Any], state: dict[str, Any]) -> None:
+    def __init__(
+        self, slot: Slot, raw: dict[str, Any], state: dict[str, Any], is_live: bool = True
+    ) -> None:
         self.slot = slot
         self.raw = raw
         self.state = state
+        self.is_live = is_live
+        self._tensors: Optional[dict[str, Tensor]] = None
+        self._by_address: Optional[SpanIndex[Tensor]] = None
+        self._regions_by_address: Optional[SpanIndex[Region]] = None
 
     @property
     def tensors(self) -> Mapping[str, dict[str, Any]]:
@@ -59,12 +376,101 @@ class Document:
         return regions
 
     @property
+    def identity(self) -> Mapping[str, Any]:
+        """Host, process, device, ranks and model of the runner: the layout's ``identity``."""
+        found: Mapping[str, Any] = self.raw["identity"]
+        return found
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """The layout's ``memory``, in bytes; empty where it is not told."""
+        found = self.raw.get("memory")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def layout_generation(self) -> int:
         return int(self.raw["layout_generation"])
 
     @property
     def content_generation(self) -> int:
         return int(self.state["content_generation"])
+
+    @property
+    def physical_epoch(self) -> Optional[int]:
+        """Rises when other physical pages came behind unchanged addresses; None: not told."""
+        value = self.state.get("physical_epoch", self.raw.get("physical_epoch"))
+        return value if isinstance(value, int) else None
+
+    # -- as typed objects
+
+    def iter_tensors(self) -> Iterator[Tensor]:
+        """Every tensor, in the model's order.  Raises HookError."""
+        return iter(self._parsed().values())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name, canonical or alias.  Raises HookError."""
+        tensors = self._parsed()
+        if name in tensors:
+            return tensors[name]
+        for tensor in tensors.values():
+            if name in tensor.aliases:
+                return tensor
+        raise HookError(
+            f"slot {self.slot.name} has no tensor {name!r}; the names are those of "
+            f"{self.slot.path(publish.LAYOUT)}"
+        )
+
+    def iter_regions(self) -> Iterator[Region]:
+        """Every region, by address.  Raises HookError."""
+        return map(Region.from_raw, self.regions)
+
+    def iter_kv_cache(self) -> Iterator[CacheBuffer]:
+        """The tensors of the KV cache.  Raises HookError."""
+        buffers = self.memory.get("kv_cache", [])
+        if not isinstance(buffers, list):
+            raise HookError(f"{self._where()} has no proper 'kv_cache'; {_FOREIGN}")
+        return map(CacheBuffer.from_raw, buffers)
+
+    # -- by address
+
+    def lookup(self, address: int) -> list[Hit]:
+        """The tensors at ``address``: those that hold the byte first, then those around it.
+
+        Views overlap, so there may be several; a tensor with padding spans bytes that it does
+        not hold (``hit.holds`` is false).  The first call builds an index over the document,
+        every further one takes O(log n + hits).  Raises HookError.
+        """
+        if self._by_address is None:
+            self._by_address = SpanIndex(
+                (tensor.ptr, tensor.end, tensor) for tensor in self.iter_tensors() if tensor.ptr
+            )
+        hits = []
+        for tensor in self._by_address.at(address):
+            offset = address - tensor.ptr
+            element = tensor.index_of(address)
+            byte = None if element is None else offset % tensor.itemsize
+            hits.append(Hit(tensor, offset, element, byte))
+        return sorted(hits, key=lambda hit: (not hit.holds, hit.tensor.span))
+
+    def region_at(self, address: int) -> Optional[Region]:
+        """The region that covers ``address``, if any.  Raises HookError."""
+        if self._regions_by_address is None:
+            self._regions_by_address = SpanIndex(
+                (region.ptr, region.end, region) for region in self.iter_regions()
+            )
+        return next(iter(self._regions_by_address.at(address)), None)
+
+    def changes_since(self, old: Union[Document, Mapping[str, Any]]) -> Diff:
+        """What changed since ``old`` (a Document, or a saved layout) of this slot."""
+        return compare(old.raw if isinstance(old, Document) else old, self.raw)
+
+    def _parsed(self) -> dict[str, Tensor]:
+        if self._tensors is None:
+            self._tensors = {name: Tensor.from_raw(name, raw) for name, raw in self.tensors.items()}
+        return self._tensors
+
+    def _where(self) -> str:
+        return self.slot.path(publish.LAYOUT)
 
     def __repr__(self) -> str:
         return (
@@ -143,6 +549,66 @@ class Slot:
             os.close(descriptor)
         return False
 
+    def wait_for_change(
+        self,
+        since: Union[Document, Mapping[str, Any], None] = None,
+        timeout: Optional[float] = None,
+    ) -> Optional[dict[str, Any]]:
+        """The state document as soon as it is another one; None after ``timeout`` seconds.
+
+        ``since``: the document or state that you know.  Without it, what is there now; a
+        change between your last look and this call is then not noticed.  The beginning of an
+        event (state ``updating``) is a change, too.  A slot that is not there yet is waited
+        for.  Raises HookError.
+        """
+        known = since.state if isinstance(since, Document) else since
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with DirectoryWatch(self.directory) as watch:
+            if since is None:
+                known = self._state_if_any()
+            while True:
+                state = self._state_if_any()
+                if state is not None and state != known:
+                    return state
+                left = _LOOK_AGAIN if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                watch.wait(min(left, _LOOK_AGAIN))
+
+    def generations(self, timeout: Optional[float] = None) -> Iterator[Document]:
+        """The document as it is, then a new one whenever addresses, contents or state changed.
+
+        What lies between two events in quick succession is skipped, and so are the times
+        during which weights are being changed.  Ends when the process that publishes is gone,
+        or after ``timeout`` seconds without a new document.  Raises HookError.
+        """
+        seen: Any = None
+        with DirectoryWatch(self.directory) as watch:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            while True:
+                alive = self.owner_alive()  # before the look: what it published last counts
+                state = self.read_state() if seen is None else self._state_if_any()
+                if state is not None and _settled(state) and _generation(state) != seen:
+                    document = self.read()
+                    if _settled(document.state) and _generation(document.state) != seen:
+                        seen = _generation(document.state)
+                        yield document
+                        deadline = None if timeout is None else time.monotonic() + timeout
+                        continue
+                left = _LOOK_AGAIN if deadline is None else deadline - time.monotonic()
+                if not alive or left <= 0:
+                    return
+                watch.wait(min(left, _LOOK_AGAIN))
+
+    def _state_if_any(self) -> Optional[dict[str, Any]]:
+        """The state document, or None where there is none (now)."""
+        try:
+            return self.read_state()
+        except HookError:
+            if os.path.lexists(self.path(publish.STATE)):
+                raise
+            return None
+
     @contextlib.contextmanager
     def weights_held(self, timeout: float = 10.0) -> Iterator[None]:
         """Hold the shared lock: no update begins while the body runs.
@@ -178,6 +644,15 @@ class Slot:
         return f"<Slot {self.name!r} in {self.directory!r}>"
 
 
+class Change(NamedTuple):
+    """Something that `Directory.events` has seen."""
+
+    slot: Slot
+    state: Optional[dict[str, Any]]  # the state document, the last one known if it is gone
+    alive: bool  # whether the process that publishes the slot lives
+    initial: bool  # how it was when the watching began: nothing has happened yet
+
+
 class Directory:
     """An output directory: the slots of every runner that publishes into it."""
 
@@ -199,6 +674,39 @@ class Directory:
     def slot(self, name: str) -> Slot:
         return Slot(self.path, name)
 
+    def events(self, timeout: Optional[float] = None) -> Iterator[Change]:
+        """What happens in this directory: first every slot as it is, then every change.
+
+        The directory need not exist yet.  Ends after ``timeout`` seconds; None: never.
+        Raises HookError.
+        """
+        known: dict[str, tuple[Optional[dict[str, Any]], bool]] = {}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        initial = True
+        with DirectoryWatch(self.path) as watch:
+            while True:
+                for name in sorted(self._names_if_any() | set(known)):
+                    slot = self.slot(name)
+                    before, lived = known.get(name, (None, False))
+                    alive = slot.owner_alive()  # before the look: the last publication counts
+                    state = slot._state_if_any()
+                    known[name] = (state, alive)
+                    if state is not None and state != before:
+                        yield Change(slot, state, alive, initial)
+                    elif lived and not alive:
+                        yield Change(slot, state or before, alive, initial)
+                initial = False
+                left = _LOOK_AGAIN if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    return
+                watch.wait(min(left, _LOOK_AGAIN))
+
+    def _names_if_any(self) -> set[str]:
+        try:
+            return {slot.name for slot in self.slots()}
+        except HookError:  # no such directory, yet or any more
+            return set()
+
     def __repr__(self) -> str:
         return f"<Directory {self.path!r}>"
 
@@ -214,18 +722,175 @@ def open_slot(path: Optional[str], name: str) -> Slot:
     return open_directory(path).slot(name)
 
 
+def open_file(path: str) -> Document:
+    """A saved copy of a ``weight_layout_{slot}.json``.  Raises HookError.
+
+    Nothing is known about the slot as it is now: the state is that of the copy.
+    """
+    raw = _read_json(path)
+    if raw is None:
+        raise HookError(f"{path} does not exist; give a copy of a weight_layout_{{slot}}.json")
+    _check_schema(raw, SCHEMA, path)
+    name = os.path.basename(path)
+    match = _LAYOUT_NAME.match(name)
+    state: dict[str, Any] = {
+        key: raw[key]
+        for key in ("layout_generation", "content_generation", "physical_epoch", "event")
+        if key in raw
+    }
+    for key in ("pid", "process_start_ticks", "boot_id", "hostname"):
+        state[key] = raw["identity"].get(key)
+    state["state"] = str(raw.get("state", "unknown"))
+    slot = Slot(os.path.dirname(os.path.abspath(path)), match.group(1) if match else name)
+    return Document(slot, raw, state, is_live=False)
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Diff:
+    """What changed between two layout documents.  Raises HookError."""
+    from . import diff
+
+    try:
+        return diff.diff(old, new)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise HookError(
+            f"the two cannot be compared ({type(error).__name__}: {error}): one of them is no "
+            f"layout document; give two copies of a weight_layout_{{slot}}.json"
+        ) from error
+
+
 # --- pieces -------------------------------------------------------------------------------
+
+_LAYOUT_NAME = re.compile(r"^weight_layout_(.+)\.json$")
+
+_FOREIGN = "it was not written by the hook"
+
+# Seconds after which one who waits looks again in any case: inotify is blind to other hosts.
+_LOOK_AGAIN = 1.0
+
+# How many ways to divide an offset among overlapping dimensions are tried.  Tensors as torch
+# makes them need one for each dimension.
+_INDEX_TRIES = 10_000
+
+
+def _settled(state: Mapping[str, Any]) -> bool:
+    return bool(state["state"] != "updating")
+
+
+def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
+    fields = (
+        "layout_generation",
+        "content_generation",
+        "physical_epoch",
+        "kv_physical_epoch",
+        "state",
+    )
+    return (*_process(state), *(state.get(field) for field in fields))
+
+
+def _itemsize(shape: tuple[int, ...], size: int) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return size // count if count and size % count == 0 else 0
+
+
+def _index(
+    shape: tuple[int, ...], stride: tuple[int, ...], element: int
+) -> Optional[tuple[int, ...]]:
+    """An index with ``sum(index * stride) == element``, if there is one.
+
+    The widest stride goes first.  Where dimensions do not overlap at most one number fits
+    each; where they do (as_strided, unfold) the others are tried in turn.
+    """
+    dimensions = sorted(
+        (k for k in range(len(shape)) if stride[k] and shape[k] > 1), key=lambda k: -stride[k]
+    )
+    # reach[n]: how far the dimensions from the n-th on get.
+    reach = [0]
+    for k in reversed(dimensions):
+        reach.append(reach[-1] + (shape[k] - 1) * stride[k])
+    reach.reverse()
+    index = [0] * len(shape)
+    # Per dimension decided: the numbers still to try, and what is left of the offset before it.
+    choices: list[tuple[Iterator[int], int]] = []
+    left = element
+    for _ in range(_INDEX_TRIES):
+        depth = len(choices)
+        if depth == len(dimensions):
+            if left == 0:
+                return tuple(index)
+        else:
+            step, length = stride[dimensions[depth]], shape[dimensions[depth]]
+            least = max(0, -((reach[depth + 1] - left) // step))
+            most = min(length - 1, left // step)
+            choices.append((iter(range(most, least - 1, -1)), left))
+        while choices:
+            numbers, before = choices[-1]
+            number = next(numbers, None)
+            if number is not None:
+                k = dimensions[len(choices) - 1]
+                index[k] = number
+                left = before - number * stride[k]
+                break
+            choices.pop()
+        else:
+            return None
+    return None
+
+
+class _Fields:
+    """The fields of a published object, each of its proper type or a HookError."""
+
+    def __init__(self, what: str, raw: Any) -> None:
+        self._what = what
+        self._raw = raw
+        if not isinstance(raw, dict):
+            raise HookError(f"{what} is no JSON object; {_FOREIGN}")
+
+    def improper(self, name: str) -> HookError:
+        return HookError(f"{self._what} has no proper {name!r}; {_FOREIGN}")
+
+    def number(self, name: str, default: Optional[int] = None) -> int:
+        value = self._raw.get(name, default)
+        if not _is_size(value):
+            raise self.improper(name)
+        return int(value)
+
+    def text(self, name: str, default: Optional[str] = None) -> str:
+        value = self._raw.get(name, default)
+        if not isinstance(value, str):
+            raise self.improper(name)
+        return value
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        value = self._raw.get(name)
+        if not isinstance(value, list) or not all(map(_is_size, value)):
+            raise self.improper(name)
+        return tuple(value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self._raw.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.improper(name)
+        return tuple(value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _read_json(path: str) -> Optional[dict[str, Any]]:
     """A whole JSON object; None where there is no file.  Raises HookError."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             data = file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise HookError(f"{path} cannot be read: {error.strerror}") from error
+        raise HookError(
+            f"{path} cannot be read ({error.strerror}); read as a user who may, and check that "
+            f"it is a file"
+        ) from error
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -272,6 +937,11 @@ def _belong_together(before: dict[str, Any], layout: dict[str, Any], after: dict
     return before["layout_generation"] == layout["layout_generation"] == after[
         "layout_generation"
     ] and _process(before) == _process(owner) == _process(after)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # A pipe in a document's place would keep an ordinary open() waiting for its writer.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _process(part: dict[str, Any]) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
-from . import identity, once, publish, settings
+from . import identity, metrics, once, publish, settings
 from .tracked import KV_CACHE, RELEASED, RESIDENT, TAGS, WEIGHTS, Tracked
 
 EFFECTS = frozenset(
@@ -300,6 +300,7 @@ def _reap() -> None:
         for name in publish.DOCUMENTS:
             tracked.remove(name)
         tracked.slot.abandon()
+        metrics.forget(tracked.slot.name, tracked.role)
 
 
 def _guarded(call: Any, *arguments: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 from . import capture as capturing
-from . import checksum, document, identity, memory, once, publish, settings
+from . import checksum, document, identity, memory, metrics, once, publish, settings
 from .capture import Capture
 
 LOADING, READY, UPDATING, FAILED, RELEASED = "loading", "ready", "updating", "failed", "released"
@@ -44,6 +44,7 @@ class Tracked:
         self.load_order = load_order
         self.siblings = siblings
         self.gpu_id = identity.gpu_id(runner)
+        self.role = "draft" if identity.is_draft(runner) else "target"
         self.process = identity.process_identity()
         self.missing: list[str] = []
 
@@ -171,6 +172,7 @@ class Tracked:
             self._write_documents(self._empty_documents(event))
             self.remove(publish.SUMMARY)
         self._write_state(event)
+        self._measure(runner, event)
         if self.starting and self.problem is None and self.captured is not None:
             once.info(
                 f"published {self.slot.name} {self.kind}",
@@ -180,6 +182,24 @@ class Tracked:
                 self.slot.name,
                 self.slot.path(publish.LAYOUT),
             )
+
+    def _measure(self, runner: Any, event: dict[str, Any]) -> None:
+        """SGLang's own /metrics, where it serves one."""
+        metrics.update(
+            runner,
+            self.slot.name,
+            self.role,
+            state=self.state,
+            layout_generation=self.layout_generation,
+            content_generation=self.content_generation,
+            physical_epoch=self.physical_epoch,
+            success=self.success,
+            started_at=self.started_at,
+            finished_at=event["finished_at"],
+            weights_bytes=sum(self.storages.weights.values()) if self.captured else None,
+            capture_seconds=self.capture_seconds,
+            lock_status=self.slot.lock_status,
+        )
 
     def _lose(self, problem: str) -> None:
         """We no longer know where the weights are: publish that, not the old addresses."""

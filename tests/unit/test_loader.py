@@ -562,8 +562,8 @@ def test_an_executed_target_leaves_no_spec_of_ours_behind(python: RunPython) -> 
         + f"""
 import gc, {RUNNER}, {UPDATER}
 gc.collect()
-print([type(x).__name__ for x in gc.get_objects() if type(x).__name__ == "_Loader"
-       and type(x).__module__ == "sglang_patch_loader"])
+import sglang_weight_hook_patch_core as core
+print([type(x).__name__ for x in gc.get_objects() if type(x) is core.StandIn])
 """
     )
     assert done.stdout == "[]\n"
@@ -572,7 +572,7 @@ print([type(x).__name__ for x in gc.get_objects() if type(x).__name__ == "_Loade
 def test_the_stand_in_survives_copy_and_pickle() -> None:
     import copy
 
-    stand_in = loader._Loader("an original")
+    stand_in = core.StandIn("an original")
     assert copy.copy(stand_in).upper() == "AN ORIGINAL"
     with pytest.raises(AttributeError):
         stand_in.no_such_attribute  # noqa: B018

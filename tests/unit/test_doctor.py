@@ -1,0 +1,291 @@
+"""What `doctor` says of interpreters, installations and SGLangs; SGLang is never imported.
+
+The SGLangs here are trees of files in the shape that the patch core's table gives to a release;
+``tests/real_sglang/test_cli.py`` has real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sglang_weight_hook_patch_core as core
+from sglang_weight_hook import doctor
+from sglang_weight_hook.doctor import BAD, GOOD, NOTE, Diagnosis, Sources
+
+ROOT = Path(doctor.__file__).parents[1]
+
+
+def texts(found: Diagnosis, topic: str, level: str | None = None) -> list[str]:
+    return [
+        fact.text
+        for fact in found.facts
+        if fact.topic == topic and (level is None or fact.level == level)
+    ]
+
+
+@pytest.fixture
+def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Make an installed SGLang of a release, with the methods that the table gives it."""
+
+    def make(version: str, without: str = "") -> Path:
+        site = tmp_path / "site"
+        classes: dict[str, dict[str, list[str]]] = {}
+        for entry in core.ENTRY_POINTS:
+            if core._expected(entry, version) and entry.name != without:
+                classes.setdefault(entry.module, {}).setdefault(entry.site[1], []).append(
+                    entry.method
+                )
+        for module, owners in classes.items():
+            path = site.joinpath(*module.split(".")).with_suffix(".py")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = ["raise RuntimeError('SGLang was imported')"]
+            for owner, methods in owners.items():
+                indent = ""
+                if owner:
+                    lines.append(f"class {owner}:")
+                    indent = "    "
+                lines += [f"{indent}def {method}(self): pass" for method in methods]
+            path.write_text("\n".join(lines) + "\n")
+        (site / "sglang" / "__init__.py").write_text("raise RuntimeError('SGLang was imported')\n")
+        metadata = site / f"sglang-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n"
+        )
+        monkeypatch.syspath_prepend(str(site))
+        return site / "sglang"
+
+    return make
+
+
+# --- SGLang ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.4.6.post5", "0.5.9", "0.5.15.post1", "0.5.21", "0.5.23"])
+def test_a_release_with_everything_that_it_should_have(
+    version: str, sglang: Callable[..., Path]
+) -> None:
+    package = sglang(version)
+    found = doctor.diagnose()
+    assert texts(found, "SGLang", GOOD) == [f"{version}, {package}"]
+    assert texts(found, "Entry points", BAD) == []
+    for entry in found.entry_points:
+        assert entry.expected == entry.found
+    assert "sglang" not in sys.modules
+
+
+def test_an_entry_point_that_is_gone_is_named(sglang: Callable[..., Path]) -> None:
+    sglang("0.5.23", without="WeightUpdater.update_weights_from_disk")
+    found = doctor.diagnose()
+    assert texts(found, "Entry points", BAD) == [
+        "WeightUpdater.update_weights_from_disk is not in "
+        "sglang.srt.model_executor.model_runner_components.weight_updater: "
+        "update_weights_from_disk will not be seen"
+    ]
+    assert not found.good
+
+
+def test_a_release_newer_than_those_checked_is_noted(sglang: Callable[..., Path]) -> None:
+    sglang("0.9.1")
+    assert any("newer than" in text for text in texts(doctor.diagnose(), "SGLang", NOTE))
+
+
+def test_no_sglang_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_package_folders", list)
+    found = doctor.diagnose()
+    assert texts(found, "SGLang", NOTE) == ["not in this environment; the hook waits for it"]
+    assert found.entry_points == []
+
+
+def test_known_gaps_are_named_where_they_are_and_not_hooked(
+    sglang: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = sglang("0.5.23")
+    assert texts(doctor.diagnose(), "Known gap") == []
+    for path in ("srt/weight_cache/daemon.py", "multimodal_gen/runtime/x.py"):
+        (package / path).parent.mkdir(parents=True)
+        (package / path).touch()
+    old = package / "srt/disaggregation/encode_server.py"
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.touch()
+    (package / "srt/hardware_backend/mlx").mkdir(parents=True)
+    (package / "srt/hardware_backend/mlx/model_runner_stub.py").touch()
+    monkeypatch.setattr(
+        core,
+        "ENTRY_POINTS",
+        tuple(entry for entry in core.ENTRY_POINTS if "disaggregation" not in entry.module),
+    )
+    said = " ".join(texts(doctor.diagnose(), "Known gap", NOTE))
+    for name in ("encode_server.py", "MlxModelRunnerStub", "weight-cache daemon", "multimodal_gen"):
+        assert name in said
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("class A:\n    def f(self): pass", True),
+        ("class A:\n    async def f(self): pass", True),
+        ("class A:\n    f = len", True),
+        ("class A:\n    if x:\n        def f(self): pass", True),
+        ("try:\n    class A:\n        def f(self): pass\nexcept E:\n    pass", True),
+        ("class B:\n    def f(self): pass\nclass A(B): pass", True),
+        ("from sglang.other import B\nclass A(B): pass", True),
+        ("from .other import B as A", True),
+        ("from sglang.other import B as C\nclass A(C): pass", True),
+        ("class A(A): pass", False),
+        ("class A(nobody.B): pass", False),
+        ("class A:\n    def g(self): pass", False),
+        ("def f(): pass", False),
+        ("A = 3", False),
+        ("class A(", False),
+        ("\0", False),
+        ("", False),
+    ],
+)
+def test_a_method_is_found_as_the_import_would_find_it(
+    source: str, found: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "it.py").write_text(source)
+    (tmp_path / "other.py").write_text("class B:\n    def f(self): pass")
+    assert Sources([str(tmp_path)]).defines("sglang.it", "A", "f") == found
+
+
+def test_a_function_of_a_module_is_found(tmp_path: Path) -> None:
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "__init__.py").write_text("def f(): pass")
+    sources = Sources([str(tmp_path)])
+    assert sources.defines("sglang.it", "", "f")
+    assert not sources.defines("sglang.it", "", "g")
+    assert not sources.defines("sglang.absent", "", "f")
+
+
+# --- the hook -------------------------------------------------------------------------------
+
+
+def test_an_interpreter_without_the_hook_is_told_how_to_get_it() -> None:
+    found = doctor.diagnose()
+    assert texts(found, "Active", BAD)
+    (text,) = texts(found, "Installed", BAD)
+    assert f"install_sglang_hook_patch.sh --python {sys.executable}" in text
+    assert not found.good
+
+
+def test_an_active_hook_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK", "1")
+    import sglang_patch_loader
+
+    sglang_patch_loader.install()
+    found = doctor.diagnose()
+    assert texts(found, "Active", GOOD)
+    assert "in this process alone" in texts(found, "Installed", NOTE)[0]
+    assert found.data["hook"]["active"] is True
+    assert found.data["hook"]["loader"] == sglang_patch_loader.__file__
+
+
+DIAGNOSE = """
+import json, sys
+from sglang_weight_hook import doctor
+json.dump(doctor.diagnose().as_dict(), sys.stdout)
+"""
+
+
+def said(answer: dict[str, Any], topic: str) -> str:
+    return " | ".join(fact["text"] for fact in answer["facts"] if fact["topic"] == topic)
+
+
+def test_an_installation_names_its_door_and_place(run_python: Any, tmp_path: Path) -> None:
+    site = tmp_path / "elsewhere"
+    record = site / "sglang_weight_hook-0.1.0.dist-info"
+    record.mkdir(parents=True)
+    (record / "METADATA").write_text("Name: sglang-weight-hook\nVersion: 0.1.0\n")
+    (record / "INSTALLER").write_text("install_sglang_hook_patch.sh\n")
+    (site / "sglang_injector.pth").touch()
+    (site / "sglang_injector.start").touch()
+    answer = json.loads(run_python("-c", DIAGNOSE, path=site).stdout)
+    (door,) = answer["hook"]["installed"]
+    assert (door["door"], door["place"]) == ("install_sglang_hook_patch.sh", str(site))
+    assert "by install_sglang_hook_patch.sh" in said(answer, "Installed")
+    assert f"this command itself runs from {ROOT}" in said(answer, "Installed")
+    (site / "sglang_injector.pth").unlink()
+    (site / "sglang_injector.start").unlink()
+    (record / "INSTALLER").write_text("pip\n")
+    (record / "direct_url.json").write_text('{"url": "file:///x", "dir_info": {}}')
+    answer = json.loads(run_python("-c", DIAGNOSE, path=site).stdout)
+    assert answer["hook"]["installed"][0]["door"] == "pip"
+    assert "is missing there" in said(answer, "Installed")
+
+
+def test_dash_s_is_told(run_python: Any) -> None:
+    answer = json.loads(run_python("-S", "-c", DIAGNOSE).stdout)
+    assert "started with -S" in said(answer, "Python")
+    assert answer["interpreter"]["no_site"] is True
+    assert answer["good"] is False
+
+
+def test_looking_imports_neither_sglang_nor_torch_and_changes_nothing(
+    run_python: Any, sglang: Callable[..., Path], maps: Path
+) -> None:
+    package = sglang("0.5.23")
+    code = DIAGNOSE + (
+        "\nassert not [name for name in sys.modules if name.split('.')[0] in"
+        " ('sglang', 'torch', 'numpy', 'sglang_patch_loader')]"
+        "\nassert not [f for f in sys.meta_path if type(f).__module__ == 'sglang_patch_loader']"
+    )
+    answer = json.loads(run_python("-c", code, path=package.parent).stdout)
+    assert answer["sglang"]["version"] == "0.5.23"
+    assert all(entry["found"] for entry in answer["entry_points"] if entry["expected"])
+    assert not maps.exists()
+
+
+# --- variables and directory ----------------------------------------------------------------
+
+
+def test_variables_are_listed_and_strange_ones_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_DIRECTORY", "/x")
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT", "soon")
+    found = doctor.diagnose()
+    notes = texts(found, "Variable", NOTE)
+    assert any("SGLANG_WEIGHT_HOOK_DIRECTORY is set, and no variable" in text for text in notes)
+    assert any("'soon' is no number of seconds" in text for text in notes)
+    assert "SGLANG_WEIGHT_HOOK_DIR" in found.data["environment"]
+    assert set(doctor._known_variables()) <= set(found.data["environment"])
+
+
+def test_the_off_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK", "0")
+    (text,) = texts(doctor.diagnose(), "Active", BAD)
+    assert "SGLANG_WEIGHT_HOOK=0" in text
+
+
+def test_a_directory_that_is_not_there_yet_is_good_if_it_can_be_made(maps: Path) -> None:
+    found = doctor.diagnose()
+    assert texts(found, "Directory", GOOD) == [f"{maps} (the server makes it)"]
+    assert not maps.exists()
+    maps.mkdir()
+    assert texts(doctor.diagnose(), "Directory", GOOD) == [str(maps)]
+    assert (
+        texts(doctor.diagnose("/else/where"), "Directory") == ["/else/where (the server makes it)"]
+        or os.geteuid()
+    )
+
+
+def test_a_file_in_the_directorys_place_is_bad(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = doctor.diagnose(str(tmp_path / "file" / "maps"))
+    (text,) = texts(found, "Directory", BAD)
+    assert "is not a directory; set SGLANG_WEIGHT_HOOK_DIR" in text
+
+
+def test_a_directory_of_each_process_is_to_be_read_with_dir(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_DIR", f"{tmp_path}/{{pid}}")
+    assert any("--dir" in text for text in texts(doctor.diagnose(), "Directory", NOTE))

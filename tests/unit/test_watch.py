@@ -1,0 +1,119 @@
+"""Waiting for a directory: woken by the kernel, and by looking where there is no inotify."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_weight_hook import watch
+from sglang_weight_hook.watch import DirectoryWatch
+
+BOTH = pytest.mark.parametrize("kernel", [True, False], ids=["inotify", "polling"])
+
+
+def replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-1")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+@BOTH
+def test_a_file_renamed_into_place_wakes(tmp_path: Path, kernel: bool) -> None:
+    replace(tmp_path / "state.json", "1")
+    with DirectoryWatch(str(tmp_path), kernel) as waiting:
+        assert waiting.kernel is kernel
+        assert not waiting.wait(0.02)
+        replace(tmp_path / "state.json", "2")
+        assert waiting.wait(5)
+        assert not waiting.wait(0.02)
+
+
+@BOTH
+def test_who_waits_is_woken_long_before_the_timeout(tmp_path: Path, kernel: bool) -> None:
+    with DirectoryWatch(str(tmp_path), kernel) as waiting:
+        timer = threading.Timer(0.1, replace, (tmp_path / "state.json", "1"))
+        timer.start()
+        started = time.monotonic()
+        assert waiting.wait(30)
+        assert time.monotonic() - started < 5
+        timer.join()
+
+
+@BOTH
+def test_temporary_files_wake_nobody(tmp_path: Path, kernel: bool) -> None:
+    with DirectoryWatch(str(tmp_path), kernel) as waiting:
+        (tmp_path / ".state.json.tmp-1").write_text("half")
+        assert not waiting.wait(0.02)
+
+
+@BOTH
+def test_a_removed_file_wakes(tmp_path: Path, kernel: bool) -> None:
+    (tmp_path / "state.json").touch()
+    with DirectoryWatch(str(tmp_path), kernel) as waiting:
+        (tmp_path / "state.json").unlink()
+        assert waiting.wait(5)
+
+
+def test_a_lock_file_closed_by_a_process_that_ends_wakes(tmp_path: Path) -> None:
+    owner = (tmp_path / "owner.lock").open("w")
+    with DirectoryWatch(str(tmp_path)) as waiting:
+        assert not waiting.wait(0.02)
+        owner.close()
+        assert waiting.wait(5)
+
+
+@BOTH
+def test_a_directory_may_come_and_go_and_come_again(tmp_path: Path, kernel: bool) -> None:
+    folder = tmp_path / "maps"
+    with DirectoryWatch(str(folder), kernel) as waiting:
+        assert not waiting.kernel
+        assert not waiting.wait(0.02)
+        for _ in range(2):
+            folder.mkdir()
+            (folder / "state.json").touch()
+            assert waiting.wait(5)
+            assert waiting.kernel is kernel
+            (folder / "state.json").unlink()
+            folder.rmdir()
+            assert waiting.wait(5)
+            while waiting.kernel:
+                waiting.wait(1)
+
+
+def test_without_a_free_inotify_instance_it_polls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Used:
+        def inotify_init1(self, flags: int) -> int:
+            return -1
+
+    monkeypatch.setattr(watch, "_inotify", Used)
+    with DirectoryWatch(str(tmp_path)) as waiting:
+        assert not waiting.kernel
+        replace(tmp_path / "state.json", "1")
+        assert waiting.wait(5)
+
+
+def test_without_ctypes_it_polls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ctypes", None)
+    with DirectoryWatch(str(tmp_path)) as waiting:
+        assert not waiting.kernel
+
+
+def test_closing_leaves_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with DirectoryWatch(str(tmp_path)) as waiting:
+            waiting.wait(0)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_examples_of_the_module_hold() -> None:
+    result = doctest.testmod(watch)
+    assert result.attempted
+    assert not result.failed
