@@ -16,17 +16,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Change",
     "Directory",
     "Document",
+    "Hit",
     "HookError",
+    "Region",
     "Slot",
+    "Tensor",
     "__version__",
+    "compare",
     "open_directory",
+    "open_file",
     "open_slot",
 ]
 
 if TYPE_CHECKING:
-    from .reader import Directory, Document, HookError, Slot, open_directory, open_slot
+    from .reader import (
+        Change,
+        Directory,
+        Document,
+        Hit,
+        HookError,
+        Region,
+        Slot,
+        Tensor,
+        compare,
+        open_directory,
+        open_file,
+        open_slot,
+    )
 
 
 def __getattr__(name: str) -> Any:

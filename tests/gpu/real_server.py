@@ -311,6 +311,7 @@ def real_size(config: Mapping[str, Any], *arguments: str) -> Callable[..., None]
             check_memory(document, seen)
             event = raw["event"]
             seen.update(
+                model_class=raw["identity"]["model_class"],
                 captured=raw["validation"]["captured"],
                 left_out=raw["validation"]["left_out"],
                 capture_seconds=event["capture_seconds"],
