@@ -77,13 +77,15 @@ def account(
     lora: Mapping[int, int],
     kv_cache: Mapping[int, int],
     siblings: Mapping[int, int],
+    released: int = 0,
 ) -> dict[str, Any]:
-    """The figures of the layout's ``memory``; each argument maps a storage to its bytes.
+    """The figures of the layout's ``memory``; each mapping is from a storage to its bytes.
 
     ``siblings``: storages of this process's other slots that this one does not share.  On a
     GPU: weights + lora + kv_cache + siblings + other_live + reserved_free + other + free
     - unbacked == total.  ``unbacked`` is what the allocator holds in addresses while the
-    memory saver has taken the pages away.
+    memory saver has taken the pages away: ``released``, the bytes of the storages known to be
+    released, or more where the device's own figures say so.
     """
     figures: dict[str, Any] = {
         "weights_bytes": sum(weights.values()),
@@ -108,13 +110,13 @@ def account(
         }
     inside = sum(size for start, size in named.items() if found.allocator.holds(start))
     outside = sum(figures.values()) - inside
-    rest = found.total - found.free - found.allocator.reserved - outside
+    rest = found.total - found.free - found.allocator.reserved - outside + released
     return {
         **figures,
         "other_live_bytes": found.allocator.live - inside,
         "reserved_free_bytes": found.allocator.reserved - found.allocator.live,
         "other_bytes": max(rest, 0),
-        "unbacked_bytes": max(-rest, 0),
+        "unbacked_bytes": released + max(-rest, 0),
         "device_free_bytes": found.free,
         "device_total_bytes": found.total,
     }

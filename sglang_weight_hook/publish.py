@@ -24,8 +24,8 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
 
 from . import once
 
@@ -110,12 +110,8 @@ def try_lock(descriptor: int, timeout: float) -> bool:
     deadline = time.monotonic() + timeout
     pause = 0.0005
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _flock(descriptor, fcntl.LOCK_EX):
             return True
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
-                raise
         left = deadline - time.monotonic()
         if left <= 0:
             return False
@@ -145,8 +141,7 @@ class Slot:
         self._saving_fd = -1
         self._patient = True  # whether the next wait for the lock may take lock_timeout
         self.lock_status = "not held"
-        self._claim()
-        self._clear_predecessor()
+        self._claim(is_new=True)
 
     def path(self, document: str) -> str:
         """Absolute path of one of `DOCUMENTS` or of the lock files."""
@@ -154,13 +149,18 @@ class Slot:
 
     # -- ownership
 
-    def _claim(self) -> None:
+    def _claim(self, is_new: bool = False) -> None:
         os.makedirs(self.directory, exist_ok=True)
         for name in self._candidates():
             self.name = name
             descriptor = open_lock_file(self.path(OWNER_LOCK))
-            # Not at once: a reader asking whether the owner lives holds it for a moment.
-            if try_lock(descriptor, _OWNER_PATIENCE):
+            before = self._clear_predecessor if is_new else None
+            try:
+                owned = _take_ownership(descriptor, before)
+            except OSError:
+                os.close(descriptor)
+                raise
+            if owned:
                 self._owner_fd = descriptor
                 break
             os.close(descriptor)
@@ -201,6 +201,12 @@ class Slot:
         if not _is_same_file(self._owner_fd, self.path(OWNER_LOCK)):
             self.abandon()
             self._claim()
+
+    def _disown(self) -> None:
+        descriptor, self._owner_fd = self._owner_fd, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def abandon(self) -> None:
         """Close the descriptors.  The locks go with them, unless a forked parent has them too."""
@@ -268,9 +274,51 @@ class Slot:
         return os.path.exists(self.path(document))
 
     def remove(self, document: str) -> None:
-        """Take a document away.  Raises OSError, except where it is gone already."""
-        with contextlib.suppress(FileNotFoundError):
+        """Take a document away.  Raises OSError, except where it is gone already.
+
+        A state that can't be removed speaks of the past as if it were so now.  Then the slot is
+        disowned: readers take what is there for a dead process's.  The next event claims anew.
+        """
+        try:
             os.unlink(self.path(document))
+        except FileNotFoundError:
+            pass
+        except OSError:
+            if document == STATE:
+                self._disown()
+            raise
+
+
+def _take_ownership(descriptor: int, before: Optional[Callable[[], None]]) -> bool:
+    """Lock an owner file for good, within `_OWNER_PATIENCE`; ``before``: what to do first.
+
+    First shared: then nobody owns it, nobody else can come to own it, and readers, who ask with
+    a shared lock, still find it free.  So when they find it held, ``before`` is done: what a dead
+    owner left is never seen beside a living one.  The wait is for readers who are asking.
+    Raises OSError.
+    """
+    deadline = time.monotonic() + _OWNER_PATIENCE
+    while True:
+        if _flock(descriptor, fcntl.LOCK_SH):
+            if before is not None:
+                before()
+            if _flock(descriptor, fcntl.LOCK_EX):
+                return True
+            # Two that claim at once must not keep each other out.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.0005)
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
+            raise
+        return False
+    return True
 
 
 def _is_same_file(descriptor: int, path: str) -> bool:

@@ -24,6 +24,7 @@ import json
 import os
 import re
 import socket
+import stat
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +38,7 @@ from .watch import DirectoryWatch
 if TYPE_CHECKING:
     from .diff import Diff
 
-_STATE_NAME = re.compile(r"^weight_state_(.+)\.json$")
+_STATE_NAME = re.compile(r"weight_state_(.+)\.json\Z")
 
 
 class HookError(Exception):
@@ -462,7 +463,24 @@ class Document:
 
     def changes_since(self, old: Union[Document, Mapping[str, Any]]) -> Diff:
         """What changed since ``old`` (a Document, or a saved layout) of this slot."""
-        return compare(old.raw if isinstance(old, Document) else old, self.raw)
+        return compare(old._current() if isinstance(old, Document) else old, self._current())
+
+    def _current(self) -> dict[str, Any]:
+        """The layout with the state's counts, which are the newer ones after buckets."""
+        names = ("content_generation", "physical_epoch")
+        return {**self.raw, **{name: self.state[name] for name in names if name in self.state}}
+
+    def owner_alive(self) -> bool:
+        """Whether the process that published this document still lives.
+
+        More than `Slot.owner_alive`, which may speak of a successor that came after the document
+        was read.  False for a saved copy.  Raises HookError.
+        """
+        if not self.is_live or not self.slot.owner_alive():
+            return False
+        # In this order: who owns the slot has removed its predecessor's documents before.
+        state = self.slot._state_if_any()
+        return state is not None and _process(state) == _process(self.state)
 
     def _parsed(self) -> dict[str, Tensor]:
         if self._tensors is None:
@@ -518,6 +536,8 @@ class Slot:
                 after = self.read_state()
                 if _belong_together(before, layout, after):
                     return Document(self, layout, after)
+                if self._was_left_half_way(before, layout, after):
+                    return Document(self, layout, {**after, **_state_of(layout)})
             if time.monotonic() >= deadline:
                 raise HookError(
                     f"slot {self.name} has no settled document after {timeout:g} s (state "
@@ -526,6 +546,18 @@ class Slot:
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
+
+    def _was_left_half_way(
+        self, before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]
+    ) -> bool:
+        """Whether the process died between a layout and its state, which will never come."""
+        return (
+            _process(before) == _process(layout["identity"]) == _process(after)
+            and before["layout_generation"] < layout["layout_generation"]
+            and before == after
+            and os.path.lexists(self.path(publish.OWNER_LOCK))
+            and not self.owner_alive()
+        )
 
     def owner_alive(self) -> bool:
         """Whether the process that publishes this slot still lives.
@@ -733,14 +765,9 @@ def open_file(path: str) -> Document:
     _check_schema(raw, SCHEMA, path)
     name = os.path.basename(path)
     match = _LAYOUT_NAME.match(name)
-    state: dict[str, Any] = {
-        key: raw[key]
-        for key in ("layout_generation", "content_generation", "physical_epoch", "event")
-        if key in raw
-    }
+    state = _state_of(raw)
     for key in ("pid", "process_start_ticks", "boot_id", "hostname"):
         state[key] = raw["identity"].get(key)
-    state["state"] = str(raw.get("state", "unknown"))
     slot = Slot(os.path.dirname(os.path.abspath(path)), match.group(1) if match else name)
     return Document(slot, raw, state, is_live=False)
 
@@ -767,9 +794,21 @@ _FOREIGN = "it was not written by the hook"
 # Seconds after which one who waits looks again in any case: inotify is blind to other hosts.
 _LOOK_AGAIN = 1.0
 
+# The layout of a model of 100,000 tensors has some 50 MB.
+MAX_DOCUMENT_BYTES = 256 * 1024**2
+
 # How many ways to divide an offset among overlapping dimensions are tried.  Tensors as torch
 # makes them need one for each dimension.
 _INDEX_TRIES = 10_000
+
+
+def _state_of(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layout document says itself of what is else the state document's to say."""
+    fields = ("layout_generation", "content_generation", "physical_epoch", "event")
+    return {
+        **{field: layout[field] for field in fields if field in layout},
+        "state": str(layout.get("state", "unknown")),
+    }
 
 
 def _settled(state: Mapping[str, Any]) -> bool:
@@ -788,10 +827,14 @@ def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _itemsize(shape: tuple[int, ...], size: int) -> int:
+    if 0 in shape:
+        return 0
     count = 1
     for length in shape:
         count *= length
-    return size // count if count and size % count == 0 else 0
+        if count > size:  # no tensor; and of a lie the product may not fit into memory
+            return 0
+    return size // count if size % count == 0 else 0
 
 
 def _index(
@@ -883,9 +926,17 @@ def _read_json(path: str) -> Optional[dict[str, Any]]:
     """A whole JSON object; None where there is no file.  Raises HookError."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
-            data = file.read()
+            # A device in a document's place would be read for ever, a huge file for long.
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise HookError(f"{path} is not JSON but a pipe or a device; {_FOREIGN}")
+            if status.st_size > MAX_DOCUMENT_BYTES:
+                raise HookError(f"{path} has {status.st_size} bytes; {_FOREIGN}")
+            data = file.read(status.st_size + 1)
     except FileNotFoundError:
         return None
+    except ValueError as error:  # a NUL or a lone surrogate in the name
+        raise HookError(f"{path!r} is no file name ({error}); give the server's") from error
     except OSError as error:
         raise HookError(
             f"{path} cannot be read ({error.strerror}); read as a user who may, and check that "

@@ -175,7 +175,7 @@ def _apply(tracked: Tracked, event: Event, success: bool) -> bool:
     """
     effect = event.effect
     if effect in ("release", "resume"):
-        return success and _apply_memory(tracked, event)
+        return _apply_memory(tracked, event, success)
     if effect in ("settle", "build"):
         tracked.settled = True
         return False
@@ -193,7 +193,7 @@ def _apply(tracked: Tracked, event: Event, success: bool) -> bool:
     return True
 
 
-def _apply_memory(tracked: Tracked, event: Event) -> bool:
+def _apply_memory(tracked: Tracked, event: Event, success: bool) -> bool:
     """Note what the memory saver freed or backed anew; whether the weights' contents are other.
 
     Without a memory saver SGLang's release frees nothing, and nothing is claimed to be freed.
@@ -201,10 +201,17 @@ def _apply_memory(tracked: Tracked, event: Event) -> bool:
     if not event.details.get("physical"):
         return False
     tags = [tag for tag in event.details.get("tags") or TAGS if tag in TAGS]
+    if not success:
+        # How far a release came before it failed is not known: once resumed, its pages count
+        # as other ones.
+        tracked.doubtful.update(tags if event.effect == "release" else ())
+        return False
     fresh = set()
     for tag in tags:
-        if event.effect == "resume" and tracked.residency[tag] == RELEASED:
+        gone = tracked.residency[tag] == RELEASED or tag in tracked.doubtful
+        if event.effect == "resume" and gone:
             fresh.add(tag)
+        tracked.doubtful.discard(tag)
         tracked.residency[tag] = RELEASED if event.effect == "release" else RESIDENT
     # Other pages behind the same addresses: what was registered with them is stale.
     tracked.physical_epoch += WEIGHTS in fresh

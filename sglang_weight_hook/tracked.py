@@ -54,6 +54,7 @@ class Tracked:
         self.physical_epoch = 0
         self.kv_physical_epoch = 0
         self.residency = dict.fromkeys(TAGS, RESIDENT)
+        self.doubtful: set[str] = set()  # tags that a failed release may have released
         self.settled = False  # whether the engine around the runner is built
         self.updated = False  # whether its weights were changed since they were loaded
         self.broken = False  # the last call that wrote weights failed, perhaps half way
@@ -136,7 +137,10 @@ class Tracked:
                 self.state_only = True
                 self.state = self._state_after()
                 return
-            captured = capturing.known_allocations(self.captured, capturing.capture(runner))
+            # While it loads, the map is one of the moment: no bucket is compared with it.
+            captured = capturing.known_allocations(
+                self.captured, capturing.capture(runner, footprint=self.settled)
+            )
         except Exception as error:
             self._lose(f"capture failed: {type(error).__name__}: {error}")
             return
@@ -273,7 +277,9 @@ class Tracked:
         meta = document.weights_meta(captured, self.updated)
         sums = document.total_weight_meta(meta)
         figures, allocator = self._memory(captured)
-        named = _or_else(None, capturing.parameter_count, runner) if self.starting else None
+        # Asked once, when all is in place: torch takes longer for it than we for our own walk.
+        ask = self.starting and self.settled
+        named = _or_else(None, capturing.parameter_count, runner) if ask else None
         layout = document.layout(
             captured,
             regions,
@@ -317,9 +323,15 @@ class Tracked:
             for start, size in sibling.storages.all().items()
             if start not in mine
         }
-        figures = memory.account(found, *self.storages, theirs)
+        figures = memory.account(found, *self.storages, theirs, self._released_bytes())
         figures.update(self._shared(siblings))
         return figures, memory.reconcile(found, {**theirs, **mine})
+
+    def _released_bytes(self) -> int:
+        """Bytes of this slot's storages that have no pages now."""
+        by_tag = {WEIGHTS: self.storages.weights, KV_CACHE: self.storages.kv_cache}
+        gone = [kind for tag, kind in by_tag.items() if self.residency[tag] == RELEASED]
+        return sum(size for kind in gone for size in kind.values())
 
     def _shared(self, siblings: list[Tracked]) -> dict[str, Any]:
         """What slots of this process have in common, so that a sum counts it once.

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ import sglang_weight_hook as hook  # noqa: E402
 from cpu_sglang.environment import Environment  # noqa: E402
 from cpu_sglang.server import Server  # noqa: E402
 from tests.gpu import checkpoint_bytes  # noqa: E402
+from tests.real_sglang.hooked import assert_true_map  # noqa: E402
 
 # Triton's attention and torch's sampling: no kernel package beyond what SGLang itself needs.
 GPU_FLAGS = (
@@ -277,6 +279,107 @@ def speculative(report: Report, python: Path, a: Path, b: Path, folder: Path) ->
                 check_memory(document, seen)
 
 
+def online(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
+    """Updates without a file, in buckets: tensors, flattened buckets, a process group."""
+    with GpuServer(python, a, folder) as server:
+        slot = server.maps.slot("0")
+        for route in ("tensor", "flattened", "distributed"):
+            with report.check(f"updates by {route}, in buckets") as seen:
+                status, answer = server.update_weights_from_disk(a)
+                assert status == 200, answer
+                before = slot.read()
+                command = [python, "-m", "cpu_sglang.online_updates", a, b, "--routes", route]
+                client = subprocess.run(
+                    [*map(str, command), "--port", str(server.port), "--buckets", "4"],
+                    cwd=ROOT,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    timeout=240,
+                    check=False,
+                )
+                steps = [json.loads(line) for line in client.stdout.splitlines()]
+                assert any(step["speaks_as_b"] for step in steps), steps
+                after = slot.read()
+                assert after.layout_generation == before.layout_generation
+                assert after.content_generation > before.content_generation + 3
+                seen.update(content=after.content_generation - before.content_generation)
+                check_bytes(server, "0", a, seen)  # the client has put A back
+
+
+def quantised(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
+    """FP8 made while loading: post-processing replaces parameters, and again in an update."""
+    probe = folder / "live"
+    probe.mkdir(parents=True)
+    variables = {"WEIGHT_PROBE_DIR": str(probe)}
+    with GpuServer(python, a, folder / "server", ["--quantization", "fp8"], variables) as server:
+        slot = server.maps.slot("0")
+        for number, what in enumerate(("the load", "an update from disk"), 1):
+            with report.check(f"FP8 addresses after {what}") as seen:
+                if number == 2:
+                    status, answer = server.update_weights_from_disk(b)
+                    assert status == 200, answer
+                (probe / f"request-{number}").touch()
+                deadline = time.monotonic() + 60
+                while not (answers := list(probe.glob(f"answer-{number}-*.json"))):
+                    assert time.monotonic() < deadline, "the probe does not answer"
+                    time.sleep(0.05)
+                (live,) = json.loads(answers[0].read_text())
+                document = slot.read()
+                assert_true_map(document, {**live, "pid": document.state["pid"]})
+                check_geometry(document, seen)
+                dtypes = sorted({entry["dtype"] for entry in document.tensors.values()})
+                seen.update(dtypes=dtypes, event=document.state["event"])
+
+
+def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
+    """Requests per second, time to first token and device memory, with and without the hook."""
+    figures: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
+    for number, which in enumerate(("without", "with", "without", "with")):
+        variables = {"SGLANG_WEIGHT_HOOK": "0" if which == "without" else "1"}
+        with GpuServer(python, a, folder / str(number), (), variables) as server:
+            for _ in range(8):
+                server.generate(max_new_tokens=16)
+            figures[which].append(_load(server, a, b))
+            print(which, figures[which][-1], flush=True)
+    with report.check("serving with and without the hook") as seen:
+        for name in figures["with"][0]:
+            pairs = [[round(run[name], 4) for run in figures[which]] for which in figures]
+            seen[name] = f"with {pairs[0]} without {pairs[1]}"
+
+
+def _load(server: GpuServer, a: Path, b: Path) -> dict[str, float]:
+    """One measurement: sequential requests, then updates from disk."""
+    count = 60
+    started = time.perf_counter()
+    for _ in range(count):
+        server.generate(max_new_tokens=32)
+    requests = count / (time.perf_counter() - started)
+    firsts = []
+    for _ in range(count):
+        started = time.perf_counter()
+        server.generate(max_new_tokens=1)
+        firsts.append(time.perf_counter() - started)
+    updates = []
+    for _ in range(10):
+        for model in (b, a):
+            server.wait_idle()
+            started = time.perf_counter()
+            server.post("/update_weights_from_disk", {"model_path": str(model)})
+            updates.append(time.perf_counter() - started)
+    used = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    return {
+        "requests_per_second": requests,
+        "first_token_ms": statistics.median(firsts) * 1e3,
+        "update_ms": statistics.median(updates) * 1e3,
+        "device_used_mib": float(used.splitlines()[0]),
+    }
+
+
 def tensor_parallel(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
     """Two GPUs: two slots, right devices and ranks, sums equal to one GPU's model."""
     with GpuServer(python, a, folder, ["--tp-size", "2"]) as server:
@@ -352,11 +455,14 @@ DEEPSEEK_V3 = {
 CHECKS: dict[str, Callable[..., None]] = {
     "plain": plain,
     "speculative": speculative,
+    "online": online,
+    "quantised": quantised,
+    "serving": serving,
     "tensor_parallel": tensor_parallel,
     "llama": real_size(LLAMA_70B),
     "deepseek": real_size(DEEPSEEK_V3),
 }
-ON_ONE_GPU = ("plain", "speculative", "llama", "deepseek")
+ON_ONE_GPU = ("plain", "speculative", "online", "quantised", "llama", "deepseek", "serving")
 
 
 def hooked_venv(python: Path, folder: Path) -> Path:
@@ -370,10 +476,14 @@ def hooked_venv(python: Path, folder: Path) -> Path:
     venv = folder / "venv"
     subprocess.run([base, "-m", "venv", "--without-pip", str(venv)], check=True)
     purelib = next(venv.glob("lib/python*/site-packages"))
-    sites = [entry for entry in path if entry.endswith("-packages")]
+    # Also what .pth files there have added, which are not read when this one is.
+    sites = [entry for entry in path if "-packages" in entry]
     (purelib / "zz_shared.pth").write_text("\n".join(sites) + "\n")
-    shutil.copy(Path(__file__).with_name("byte_probe.py"), purelib)
-    (purelib / "byte_probe.pth").write_text("import byte_probe; byte_probe.start()\n")
+    live_probe = ROOT / "tests" / "real_sglang" / "weight_probe.py"
+    for probe in (Path(__file__).with_name("byte_probe.py"), live_probe):
+        shutil.copy(probe, purelib)
+        name = probe.stem
+        (purelib / f"{name}.pth").write_text(f"import {name}; {name}.start()\n")
     hooked = venv / "bin" / "python"
     script = ROOT / "install_sglang_hook_patch.sh"
     subprocess.run([str(script), "--python", str(hooked)], check=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUPPORTED = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+SUPPORTED = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 
 INSTALL = "install_sglang_hook_patch.sh"
 UNINSTALL = "uninstall_sglang_hook_patch.sh"
@@ -206,3 +206,40 @@ def checkout(tmp_path: Path) -> Path:
     (package / "reader.py").write_text("READS = True\n")
     (package / "py.typed").write_text("")
     return place
+
+
+#: What a wheel is made of.
+CARRIED = (
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "sglang_injector.pth",
+    "sglang_injector.start",
+    "sglang_patch_loader.py",
+    "sglang_weight_hook_patch_core.py",
+)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is built, so that what else lies in the checkout has no say."""
+    place = tmp_path_factory.mktemp("source-")
+    for name in CARRIED:
+        shutil.copy2(ROOT / name, place)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sglang_weight_hook", place / "sglang_weight_hook", ignore=ignored)
+    return place
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel-")
+    # With the caller's own environment: it may name a registry and a proxy.
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    (made,) = out.glob("sglang_weight_hook-*.whl")
+    return made

@@ -6,7 +6,6 @@ Builds the wheel, for which pip fetches hatchling from the package registry; des
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,19 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ENVIRONMENT, INSTALL, ROOT, UNINSTALL, Target, tree
+from .conftest import ENVIRONMENT, INSTALL, UNINSTALL, Target, tree
 
 pytestmark = pytest.mark.registry
-
-CARRIED = (
-    "LICENSE",
-    "README.md",
-    "pyproject.toml",
-    "sglang_injector.pth",
-    "sglang_injector.start",
-    "sglang_patch_loader.py",
-    "sglang_weight_hook_patch_core.py",
-)
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +26,6 @@ def with_pip(tmp_path_factory: pytest.TempPathFactory) -> Target:
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     purelib = sysconfig.get_path("purelib", vars={"base": str(place)})
     return Target(place / "bin" / "python", Path(purelib), "")
-
-
-@pytest.fixture(scope="module")
-def wheel(with_pip: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Of a copy, so that what else lies in the checkout has no say.
-    source = tmp_path_factory.mktemp("source-")
-    for name in CARRIED:
-        shutil.copy2(ROOT / name, source)
-    shutil.copytree(
-        ROOT / "sglang_weight_hook",
-        source / "sglang_weight_hook",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    out = tmp_path_factory.mktemp("wheel-")
-    # With the caller's own environment: it may name a registry and a proxy.
-    subprocess.run(
-        [with_pip.python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    (made,) = out.glob("sglang_weight_hook-*.whl")
-    return made
 
 
 @pytest.fixture
@@ -102,10 +68,13 @@ def test_the_wheel_puts_the_same_files_in_the_same_places(environment: Target, w
     command = subprocess.run(
         [environment.python.with_name("sglang-weight-hook"), "--help"],
         capture_output=True,
+        text=True,
         env=ENVIRONMENT,
         check=False,
     )
-    assert command.returncode == 0
+    # Its output needs the extra `cli`.
+    assert command.returncode == 2
+    assert "pip install 'sglang-weight-hook[cli]'" in command.stderr
 
 
 def test_both_doors_say_the_same_of_the_package(environment: Target, wheel: Path) -> None:
@@ -166,3 +135,45 @@ def test_pip_replaces_what_the_script_installed(environment: Target, wheel: Path
     done = environment.script(INSTALL, "--check")
     assert done.returncode == 0, done.stdout
     assert "by pip" in done.stdout
+
+
+def test_an_editable_installation_is_live_and_follows_the_checkout(
+    environment: Target, source: Path
+) -> None:
+    # With the caller's own environment, for the registry: pip builds it anew.
+    subprocess.run(
+        [environment.python, "-m", "pip", "install", "-q", "--no-deps", "-e", source],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert environment.finders() == 1
+    done = environment.run("-c", "import sglang_weight_hook as h; print(h.__file__)")
+    assert done.stdout == f"{source / 'sglang_weight_hook' / '__init__.py'}\n"
+    for script in (INSTALL, UNINSTALL):
+        assert "was installed here by pip" in environment.refused(script)
+    done = environment.script(INSTALL, "--check")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert pip(environment, "uninstall", "-y", "sglang-weight-hook").returncode == 0
+    assert not [path for path in tree(environment.purelib) if "sglang" in path]
+    assert environment.finders() == 0
+
+
+def test_a_reader_elsewhere_needs_neither_sglang_nor_torch(
+    environment: Target, wheel: Path, tmp_path: Path
+) -> None:
+    subprocess.run(
+        [environment.python, "-m", "pip", "install", "-q", f"{wheel}[cli]"],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    command = [str(environment.python.with_name("sglang-weight-hook"))]
+    for arguments in (["--help"], ["show", "--help"]):
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    done = environment.run(
+        "-c",
+        "import sglang_weight_hook, sys\n"
+        f"print(sglang_weight_hook.open_directory({str(tmp_path)!r}).slots())\n"
+        "print('torch' in sys.modules, 'sglang' in sys.modules)",
+    )
+    assert (done.stdout, done.stderr) == ("[]\nFalse False\n", "")

@@ -17,6 +17,8 @@ def test_the_interpreter_imports_one_extra_module(every_python: Target, tmp_path
     # To read any .pth file at all, Python 3.9 imports _bootlocale and _locale, and 3.13
     # encodings.utf_8_sig: an environment without a single one is not the measure.
     (bare.purelib / "inert.pth").write_text("# nothing\n")
+    # And 3.15 imports pkgutil, with all that it needs, for any .start file with a line in it.
+    (bare.purelib / "inert.start").write_text("sys:getrecursionlimit\n")
     without = bare.run("-c", MODULES).stdout.split()
     assert every_python.run("-c", MODULES).stdout.split() == sorted(
         [*without, "sglang_patch_loader"]

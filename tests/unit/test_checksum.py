@@ -197,7 +197,10 @@ def test_many_tensors_are_named_as_they_were_given() -> None:
 # --- how much memory it takes -------------------------------------------------------------
 
 
-class Meter(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+Mode: Any = torch.utils._python_dispatch.TorchDispatchMode
+
+
+class Meter(Mode):  # type: ignore[misc]
     """Notes the bytes of the largest storage that any operation makes."""
 
     def __init__(self) -> None:
@@ -333,9 +336,12 @@ def test_memory_that_was_released_is_not_read(
 ) -> None:
     read: list[int] = []
     compute = checksum.checksums
-    monkeypatch.setattr(
-        checksum, "checksums", lambda named: (read.append(len(named)), compute(named))[1]
-    )
+
+    def note(named: Any) -> dict[str, str]:
+        read.append(len(named))
+        return compute(named)
+
+    monkeypatch.setattr(checksum, "checksums", note)
     details = {"tags": ["weights"], "physical": True}
     event("release_memory_occupation", "release", details=details)
     assert layout_of(maps)["checksums"] is None

@@ -34,7 +34,7 @@ relaxed = examples(deadline=None, max_examples=150, suppress_health_check=[Healt
 
 
 @st.composite
-def values(draw: st.DrawFn, pool: list[Any]) -> Any:
+def values(draw: Any, pool: list[Any]) -> Any:
     """A tensor of any sort; often one that is in the model already, or a view of it."""
     if pool and draw(st.booleans()):
         base = draw(st.sampled_from(pool))
@@ -67,7 +67,7 @@ def values(draw: st.DrawFn, pool: list[Any]) -> Any:
 
 
 @st.composite
-def models(draw: st.DrawFn, depth: int = 2, pool: list[Any] | None = None) -> Any:
+def models(draw: Any, depth: int = 2, pool: list[Any] | None = None) -> Any:
     pool = [] if pool is None else pool
     made = nn.Module()
     for number in range(draw(st.integers(0, 4))):

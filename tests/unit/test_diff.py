@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from sglang_weight_hook import publish, recorder
 from sglang_weight_hook.diff import Diff, diff
+from sglang_weight_hook.reader import open_slot
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -472,3 +473,16 @@ def test_the_layout_generation_rises_exactly_when_a_diff_names_something(
         assert (after["layout_generation"] > before["layout_generation"]) == named
         assert found.content_changed == (call is update or named)
         assert not found.other_process
+
+
+def test_documents_read_before_and_after_a_bucket_differ_in_their_contents(
+    runner: FakeRunner, maps: Path
+) -> None:
+    slot = open_slot(str(maps), "0")
+    before = slot.read()
+    stream(runner, during=lambda: runner.model[0].weight.data.fill_(2.0))
+    after = slot.read()
+    assert after.content_generation == before.content_generation + 1
+    found = after.changes_since(before)
+    assert found == NOTHING._replace(content_changed=True)
+    assert found.content_only

@@ -453,7 +453,7 @@ RELEASES: dict[str, tuple[Callable[[Any, pytest.MonkeyPatch], None], dict[str, A
         lambda runner, monkeypatch: monkeypatch.setitem(
             sys.modules,
             "sglang.srt.runtime_context",
-            types.SimpleNamespace(get_parallel=lambda: ParallelContext({})),  # type: ignore[arg-type]
+            types.SimpleNamespace(get_parallel=lambda: ParallelContext({})),
         ),
         {
             **dict.fromkeys(("tp_rank", "pp_rank", "dp_rank", "ep_rank")),

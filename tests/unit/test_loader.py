@@ -273,6 +273,17 @@ def test_python_m_of_a_target_runs_it(hook: bool, run_python: RunPython, package
     assert (done.stdout, done.stderr) == (f"main {RUNNER} True ['a', 'b']\n", "")
 
 
+def test_python_m_of_a_target_shows_it_its_own_loader(run_python: RunPython, package: Path) -> None:
+    (package / "sitecustomize.py").write_text(INSTALL)
+    path = package / "sglang/srt/model_executor/model_runner.py"
+    path.write_text("print(type(__spec__.loader), __loader__ is __spec__.loader)\n")
+    hooked, plain = (
+        run_python("-m", RUNNER, path=package, SGLANG_WEIGHT_HOOK=switch).stdout for switch in "10"
+    )
+    assert hooked == plain
+    assert "SourceFileLoader" in plain
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_the_children_of_multiprocessing_are_patched(
     method: str, run_python: RunPython, package: Path, tmp_path: Path
@@ -398,6 +409,64 @@ print({PATCHED}, ModelRunner().load_model())
     )
     expected = f"theirs {RUNNER}\n" if place.startswith("insert") else ""
     assert done.stdout == expected + "True loaded\n"
+
+
+BYPASS = """
+import sys
+from importlib.machinery import PathFinder
+class Bypass:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, path, target) if name.startswith("sglang") else None
+sys.meta_path.insert(0, Bypass)
+before = list(sys.meta_path)
+"""
+
+
+def test_a_finder_in_front_that_keeps_an_import_from_us_is_made_up_for(
+    python: RunPython,
+) -> None:
+    # The import hooks of typeguard and jaxtyping are like that.  What calls install() again is
+    # SGLang's plugin door.
+    done = python(
+        INSTALL
+        + BYPASS
+        + f"""
+from {RUNNER} import ModelRunner
+print({PATCHED})
+sglang_patch_loader.install()
+print({PATCHED}, hasattr(ModelRunner.load_model.__wrapped__, "__wrapped__"))
+print(sys.meta_path[0] is before[1], sorted(map(id, before)) == sorted(map(id, sys.meta_path)))
+from {UPDATER} import WeightUpdater  # comes our way now
+print(hasattr(WeightUpdater.update_weights_from_disk, "_sglang_weight_hook_entry"))
+"""
+    )
+    assert (done.stdout, done.stderr) == ("False\nTrue False\nTrue True\nTrue\n", "")
+
+
+def test_before_sglang_is_there_a_second_installation_moves_nobody(python: RunPython) -> None:
+    done = python(
+        INSTALL + BYPASS + "sglang_patch_loader.install(); print(sys.meta_path == before)"
+    )
+    assert done.stdout == "True\n"
+
+
+def test_a_loader_that_took_ours_for_the_original_puts_back_as_good_as_that(
+    python: RunPython,
+) -> None:
+    # ddtrace 4.16 remembers the loader that it found, and sets it as __loader__ afterwards.
+    code = f"""
+import sys, importlib.util
+spec = importlib.util.find_spec({RUNNER!r})
+held = spec.loader
+module = importlib.util.module_from_spec(spec)
+held.exec_module(module)
+module.__loader__ = held
+print(type(held), held == type(held)(spec.name, spec.origin), vars(held), held.get_code)
+"""
+    hooked, plain = (python(prefix + code).stdout for prefix in (INSTALL, ""))
+    assert hooked.partition("<bound")[0] == plain.partition("<bound")[0]
+    assert "SourceFileLoader" in plain
 
 
 def test_a_finder_of_an_editable_installation_is_asked(
@@ -615,6 +684,27 @@ print(module.ModelRunner().load_model())
     assert len(lines) == 1
     assert "unpatched" in lines[0]
     assert lines[0].startswith("LOGGED ") == logs
+
+
+def test_a_patch_that_fails_never_fails_the_import_and_is_said_once(
+    python: RunPython, package: Path
+) -> None:
+    done = python(
+        INSTALL
+        + f"""
+import sglang_weight_hook_patch_core as core
+def patch_module(module): raise RuntimeError("unknown release")
+core.patch_module = patch_module
+import importlib, {RUNNER} as module
+importlib.reload(module)
+sglang_patch_loader.install()
+print(module.ModelRunner().load_model())
+"""
+    )
+    assert done.stdout == "loaded\n"
+    (line,) = done.stderr.splitlines()
+    assert RUNNER in line
+    assert "unknown release" in line
 
 
 def test_nothing_is_ever_written_to_stdout(python: RunPython) -> None:

@@ -79,7 +79,7 @@ def worlds(draw: st.DrawFn, with_addresses: bool = True, releasing: bool = False
         address += 512 * draw(st.integers(0, 3))  # 0: right behind the one before
         blocks, start = [], address
         for _ in range(draw(st.integers(1, 5))):
-            block = {
+            block: dict[str, Any] = {
                 "size": 512 * draw(st.integers(1, 6)),
                 "state": draw(st.sampled_from([*LIVE, "inactive"])),
             }
@@ -249,7 +249,7 @@ class Pool:
         self.v_buffer = [torch.zeros(8, 4, 2) for _ in range(layers)]
 
 
-def a_target_and_a_draft() -> tuple[FakeRunner, FakeRunner]:
+def a_target_and_a_draft() -> tuple[Any, Any]:
     """As speculative decoding has them: the draft has the target's embedding and KV pool."""
     target: Any = FakeRunner(nn.Module())
     target.model.embed_tokens, target.model.layer = nn.Embedding(50, 4), nn.Linear(4, 4)
@@ -279,7 +279,7 @@ def test_a_shared_embedding_and_kv_pool_are_counted_once(maps: Path) -> None:
     documents = [layout_of(maps, slot)["memory"] for slot in ("0", "0_draft")]
     models = [*target.model.parameters(), *draft.model.parameters()]
     weights = storages(*models)
-    pool = target.token_to_kv_pool  # type: ignore[attr-defined]
+    pool = target.token_to_kv_pool
     cache = storages(*pool.k_buffer, *pool.v_buffer)
     assert sum(m["weights_bytes"] - m["shared_bytes"] for m in documents) == sum(weights.values())
     assert sum(m["kv_cache_bytes"] - m["shared_kv_cache_bytes"] for m in documents) == sum(
@@ -333,7 +333,7 @@ def test_every_slots_figures_add_up_to_the_same_total(
     maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, draft = a_target_and_a_draft()
-    pool = target.token_to_kv_pool  # type: ignore[attr-defined]
+    pool = target.token_to_kv_pool
     everything = [
         *target.model.parameters(),
         *draft.model.parameters(),

@@ -1,0 +1,70 @@
+"""What ``launch_wrapper.py`` puts in front of PYTHONPATH: activates the hook in this Python.
+
+Python imports the first ``sitecustomize`` on ``sys.path`` when it starts.  Where the machine or
+the user has one too, that is the one to see: it is imported from here, and takes our place.
+
+Rules as in ``sglang_patch_loader``: imports nothing that is not there at start-up, prints
+nothing, never raises of itself.
+"""
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from typing import Optional
+
+HERE = os.path.dirname(__file__)
+CHECKOUT = os.path.dirname(HERE)
+OURS = ("sglang_patch_loader", "sglang_weight_hook_patch_core", "sglang_weight_hook")
+
+
+class Checkout:
+    """Finds the hook's modules in the checkout, and nothing else of what lies there.
+
+    Last on ``sys.meta_path``: where the hook is installed as well, the installed one counts,
+    all of it.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> "Optional[ModuleSpec]":
+        if name not in OURS:
+            return None
+        # importlib.machinery's, without importing that.
+        finder = sys.modules["_frozen_importlib_external"].PathFinder
+        spec: Optional[ModuleSpec] = finder.find_spec(name, [CHECKOUT])
+        return spec
+
+
+def activate() -> None:
+    sys.meta_path.append(Checkout)
+    import sglang_patch_loader
+
+    sglang_patch_loader.install()
+
+
+def give_way() -> None:
+    """Import the ``sitecustomize`` behind ours, as if ours were not there.
+
+    If there is none, or it fails, that exception is what `site` gets to see without us, and it
+    says what it says without us: nothing, where there is none.
+    """
+    places = [place for place in sys.path if place != HERE]
+    with_ours, sys.path[:] = list(sys.path), places
+    del sys.modules["sitecustomize"]
+    try:
+        import sitecustomize  # noqa: F401
+    finally:
+        # On sys.path it stays, for those who make a child's PYTHONPATH out of that.
+        if sys.path == places:
+            sys.path[:] = with_ours
+        elif HERE not in sys.path:
+            sys.path.insert(0, HERE)
+
+
+try:
+    activate()
+except Exception:
+    pass
+give_way()
