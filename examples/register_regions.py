@@ -20,7 +20,6 @@ What the state file asks for, see docs/format.md:
 * ``content_generation`` rose: the registrations stay good.
 """
 
-# ruff: noqa: T201  (it prints for a living)
 
 from __future__ import annotations
 
