@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from operator import attrgetter
 from typing import Any, NamedTuple, Optional
 
 from . import cuda_driver
@@ -44,6 +46,13 @@ _MODULE_INTERNALS = frozenset(
 )
 
 
+# The plain attributes of a module that hold tensors: the attribute's name, and a key inside it
+# where it is a list, tuple or dict.
+Keys = tuple[tuple[str, Any], ...]
+# Of all tensors, in one order: names, addresses and shapes (of attributes: strides).
+Places = tuple[list[str], list[int], list[Any]]
+
+
 class Row(NamedTuple):
     """One tensor under its canonical name.  Addresses and sizes in bytes, strides in elements."""
 
@@ -64,10 +73,9 @@ class Row(NamedTuple):
 class Footprint(NamedTuple):
     """What `moved` compares: cheap to take again, because it knows where tensors are held."""
 
-    # For each module in the order of the walk, its attributes that hold tensors: the
-    # attribute's name, and a key inside it where it is a list, tuple or dict.
-    held: list[tuple[tuple[str, Any], ...]]
-    places: list[Any]
+    # Attributes that hold tensors, with the position of their module in `_Members.states`.
+    attributes: list[tuple[int, Keys]]
+    places: Places
 
 
 class Capture(NamedTuple):
@@ -78,9 +86,9 @@ class Capture(NamedTuple):
     aliases: dict[str, list[str]]  # canonical name -> its other names
     left_out: dict[str, str]  # name -> why it has no row
     expected: dict[str, int]  # names the model holds, by kind
-    # storage_ptr -> the driver allocations (base, size) under it, ascending.  One as a rule;
+    # (storage_ptr, storage_size) -> the driver allocations (base, size) under it.  One as a rule;
     # several where the caching allocator maps expandable segments piece by piece.
-    allocations: dict[int, list[tuple[int, int]]]
+    allocations: dict[tuple[int, int], list[tuple[int, int]]]
     allocation_kinds: dict[int, str]  # allocation base -> cuda_driver.CUDA_MALLOC or VMM
     kv_cache: list[dict[str, Any]]
     # Names under which torch lists a parameter -> the canonical name of its row.
@@ -88,69 +96,92 @@ class Capture(NamedTuple):
     footprint: Optional[Footprint]
 
 
-def capture(runner: Any) -> Capture:
-    """Walk ``runner.model``, its LoRA pool and its KV cache."""
+def capture(runner: Any, footprint: bool = True) -> Capture:
+    """Walk ``runner.model``, its LoRA pool and its KV cache.
+
+    ``footprint``: whether `moved` is going to be asked about it.
+    """
     model = getattr(runner, "model", None)
     if model is None:
         raise LookupError("the runner has no model")
     device_type = _device_type(runner)
-    named: list[tuple[str, str, Any]] = []
-    for kind, names in _walk_model(model).items():
-        named.extend((kind, name, tensor) for name, tensor in names)
-    named.extend((LORA, name, tensor) for name, tensor in _lora_pool(runner))
+    walk = _walk_model(model)
+    kinds = {**walk.tensors, LORA: list(_lora_pool(runner))}
 
     tensors: dict[str, Row] = {}
     aliases: dict[str, list[str]] = {}
     left_out: dict[str, str] = {}
-    expected = dict.fromkeys((PARAMETER, BUFFER, ATTRIBUTE, LORA), 0)
-    by_identity: dict[int, str] = {}
-    by_place: dict[tuple[Any, ...], str] = {}
     torch_names: dict[str, str] = {}
-    for kind, outer_name, outer in named:
-        expected[kind] += 1
-        canonical = by_identity.get(id(outer))
-        if canonical is not None:
-            if canonical != outer_name:
-                aliases.setdefault(canonical, []).append(outer_name)
-            continue
-        try:
-            rows = [
-                (name, _row(kind, tensor, device_type))
-                for name, tensor in _plain_tensors(outer_name, outer)
-            ]
-        except Exception as error:
-            left_out[outer_name] = f"{type(error).__name__}: {error}"[:200]
-            continue
-        for name, row in rows:
-            # A second tensor object over the very same elements (a re-bound draft head, a
-            # parameter and a plain attribute holding its .data) is one tensor to a reader.
-            place = (row.ptr, row.device, row.dtype, tuple(row.shape), tuple(row.stride))
-            canonical = by_place.get(place) if row.ptr else None
+    by_identity: dict[int, str] = {}
+    by_address: dict[int, str] = {}  # the first row at an address
+    further: dict[int, list[str]] = {}  # and others that begin there
+    wrappers = _Wrappers()
+    for kind, named in kinds.items():
+        for outer_name, outer in named:
+            canonical = by_identity.get(id(outer))
             if canonical is not None:
-                aliases.setdefault(canonical, []).append(name)
-            elif name in tensors:
-                # "a.b" can be b of module a, or an attribute of that very name.
-                left_out[f"{name} ({kind})"] = "another tensor has this name"
+                if canonical != outer_name:
+                    aliases.setdefault(canonical, []).append(outer_name)
                 continue
-            else:
-                tensors[name] = row
-                if row.ptr:
-                    by_place[place] = name
-            by_identity.setdefault(id(outer), canonical or name)
-            if kind == PARAMETER:
-                torch_names[name] = canonical or name
+            try:
+                rows = (
+                    [
+                        (name, _row(kind, tensor, device_type))
+                        for name, tensor in _plain_tensors(outer_name, outer)
+                    ]
+                    if wrappers[type(outer)]
+                    else [(outer_name, _row(kind, outer, device_type))]
+                )
+            except Exception as error:
+                left_out[outer_name] = f"{type(error).__name__}: {error}"[:200]
+                continue
+            for name, row in rows:
+                # A second tensor object over the very same elements (a re-bound draft head, a
+                # parameter and a plain attribute holding its .data) is one tensor to a reader.
+                canonical = by_address.get(row.ptr)
+                if canonical is not None and not _same_elements(tensors[canonical], row):
+                    canonical = next(
+                        (
+                            other
+                            for other in further.get(row.ptr, ())
+                            if _same_elements(tensors[other], row)
+                        ),
+                        None,
+                    )
+                if canonical is not None:
+                    aliases.setdefault(canonical, []).append(name)
+                elif name in tensors:
+                    # "a.b" can be b of module a, or an attribute of that very name.
+                    left_out[f"{name} ({kind})"] = "another tensor has this name"
+                    continue
+                else:
+                    tensors[name] = row
+                    if row.ptr and by_address.setdefault(row.ptr, name) is not name:
+                        further.setdefault(row.ptr, []).append(name)
+                by_identity.setdefault(id(outer), canonical or name)
+                if kind == PARAMETER:
+                    torch_names[name] = canonical or name
     allocations = _allocations(tensors.values())
     return Capture(
         device_type=device_type,
         tensors=tensors,
         aliases=aliases,
         left_out=left_out,
-        expected=expected,
+        expected={kind: len(named) for kind, named in kinds.items()},
         allocations=allocations,
         allocation_kinds=_allocation_kinds(allocations),
         kv_cache=_kv_cache(runner),
         torch_names=torch_names,
-        footprint=_footprint(model),
+        footprint=_footprint(model, walk) if footprint else None,
+    )
+
+
+def _same_elements(one: Row, other: Row) -> bool:
+    return (one.device, one.dtype, one.shape, one.stride) == (
+        other.device,
+        other.dtype,
+        other.shape,
+        other.stride,
     )
 
 
@@ -170,17 +201,30 @@ def _device_type(runner: Any) -> str:
 # --- finding the tensors ------------------------------------------------------------------
 
 
-def _walk_model(model: Any) -> dict[str, list[tuple[str, Any]]]:
-    """Every tensor of every module under every name it has, by kind.
+class _Walk(NamedTuple):
+    """Every tensor of every module under every name it has."""
 
-    Our own walk, since ``named_parameters`` drops tied names, and with
+    tensors: dict[str, list[tuple[str, Any]]]  # by kind
+    # id of a module's __dict__ -> its attributes that hold tensors.
+    attributes: dict[int, Keys]
+
+
+def _walk_model(model: Any) -> _Walk:
+    """Our own walk, since ``named_parameters`` drops tied names, and with
     ``remove_duplicate=False`` would never end on a module that contains itself.
     """
-    found: dict[str, list[tuple[str, Any]]] = {PARAMETER: [], BUFFER: [], ATTRIBUTE: []}
-    parameters, buffers, attributes = found[PARAMETER], found[BUFFER], found[ATTRIBUTE]
     import torch
 
     tensor_type = torch.Tensor
+    found: dict[str, list[tuple[str, Any]]] = {PARAMETER: [], BUFFER: [], ATTRIBUTE: []}
+    parameters, buffers, attributes = found[PARAMETER], found[BUFFER], found[ATTRIBUTE]
+    keys_of: dict[int, Keys] = {}
+    # A module's __dict__ begins with torch's own bookkeeping, unless its class sets something
+    # before Module.__init__: thousands of times the same entries to step over.
+    internals = sum(name in _MODULE_INTERNALS for name in vars(torch.nn.Module()))
+    # Types, as they are met, that are neither tensors nor, of attributes, can hold any.
+    dull: set[type] = set()
+    dull_inside: set[type] = set()
     # (prefix, module, ids of the modules above it); the children are pushed in reverse, so
     # that modules come off in the order in which named_modules() gives them.
     stack: list[tuple[str, Any, frozenset[int]]] = [("", model, frozenset())]
@@ -189,35 +233,52 @@ def _walk_model(model: Any) -> dict[str, list[tuple[str, Any]]]:
         if id(module) in above:
             continue
         state = module.__dict__
-        for name, parameter in state.get("_parameters", {}).items():
-            if parameter is not None:
-                parameters.append((prefix + name, parameter))
-        for name, buffer in state.get("_buffers", {}).items():
-            if buffer is not None:
-                buffers.append((prefix + name, buffer))
-        for name, value in state.items():
+        group = state.get("_parameters")
+        if group:
+            for name, parameter in group.items():
+                if parameter is not None:
+                    parameters.append((prefix + name, parameter))
+        group = state.get("_buffers")
+        if group:
+            for name, buffer in group.items():
+                if buffer is not None:
+                    buffers.append((prefix + name, buffer))
+        keys: list[tuple[str, Any]] = []
+        plain = _MODULE_INTERNALS.issuperset(islice(state, internals))
+        for name, value in islice(state.items(), internals if plain else 0, None):
+            if type(value) in dull:
+                continue
             if isinstance(value, tensor_type):
                 attributes.append((prefix + name, value))
-            elif isinstance(value, (list, tuple, dict)) and value and name not in _MODULE_INTERNALS:
-                attributes.extend(_tensors_inside(prefix + name, value, tensor_type))
+                keys.append((name, None))
+            elif not isinstance(value, (list, tuple, dict)):
+                dull.add(type(value))
+            elif value and name not in _MODULE_INTERNALS:
+                inside = value.values() if isinstance(value, dict) else value
+                if dull_inside.issuperset(map(type, inside)):
+                    continue
+                for item in inside:
+                    if not isinstance(item, tensor_type):
+                        dull_inside.add(type(item))
+                for key in _keys_inside(value, tensor_type):
+                    attributes.append((f"{prefix}{name}.{key}", value[key]))
+                    keys.append((name, key))
+        if keys:
+            keys_of[id(state)] = tuple(keys)
         children = state.get("_modules")
         if children:
             below = above | {id(module)}
-            stack.extend(
-                (prefix + name + ".", child, below)
-                for name, child in reversed(list(children.items()))
-                if child is not None
-            )
-    return found
+            for name, child in reversed(list(children.items())):
+                if child is not None:
+                    stack.append((prefix + name + ".", child, below))
+    return _Walk(found, keys_of)
 
 
-def _tensors_inside(name: str, value: Any, tensor_type: type) -> Iterator[tuple[str, Any]]:
-    """Tensors held one level deep in a list, tuple or dict: ``name.0``, ``name.key``."""
+def _keys_inside(value: Any, tensor_type: type) -> list[Any]:
+    """Where tensors are held one level deep in a list, tuple or dict."""
     items: Iterable[tuple[Any, Any]]
-    items = list(value.items()) if isinstance(value, dict) else enumerate(value)
-    for key, item in items:
-        if isinstance(item, tensor_type):
-            yield f"{name}.{key}", item
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [key for key, item in items if isinstance(item, tensor_type)]
 
 
 def _lora_pool(runner: Any) -> Iterator[tuple[str, Any]]:
@@ -325,53 +386,74 @@ def _is_wrapper(tensor: Any) -> bool:
     return hasattr(type(tensor), "__tensor_flatten__")
 
 
+class _Wrappers(dict[type, bool]):
+    """Whether tensors of a type wrap others: `_is_wrapper`, asked once for each type."""
+
+    def __missing__(self, kind: type) -> bool:
+        answer = self[kind] = hasattr(kind, "__tensor_flatten__")
+        return answer
+
+
 # --- one tensor ---------------------------------------------------------------------------
 
 
+class _Texts(dict[Any, str]):
+    """``str`` of devices, dtypes and layouts: few objects, and torch builds each text anew."""
+
+    def __missing__(self, value: Any) -> str:
+        text = self[value] = str(value)
+        return text
+
+
+_text = _Texts()
+
+
 def _row(kind: str, tensor: Any, device_type: str) -> Row:
-    device = tensor.device
-    shape, itemsize = list(tensor.shape), tensor.element_size()
-    size = tensor.numel() * itemsize
-    if device.type == "meta":
-        stride = list(tensor.stride())
-        return Row(kind, 0, size, size, "meta", str(tensor.dtype), shape, stride, 0, 0, 0, False)
-    if str(tensor.layout) != "torch.strided":
+    if _text[tensor.layout] != "torch.strided":
         raise TypeError(f"layout {tensor.layout} has no strides")
-    stride = list(tensor.stride())
+    device, dtype = _text[tensor.device], _text[tensor.dtype]
+    shape, stride, size = list(tensor.shape), list(tensor.stride()), tensor.nbytes
+    if device == "meta":
+        return Row(kind, 0, size, size, device, dtype, shape, stride, 0, 0, 0, False)
+    contiguous = tensor.is_contiguous()
     storage = tensor.untyped_storage()
-    resident = device.type == device_type
-    return Row(
-        kind=kind,
-        # The address of an offloaded weight is one of the host's, and nobody must take it
-        # for one of the device's.
-        ptr=tensor.data_ptr() if resident else 0,
-        size=size,
-        span=touched_bytes(shape, stride, itemsize),
-        device=str(device),
-        dtype=str(tensor.dtype),
-        shape=shape,
-        stride=stride,
-        storage_offset=tensor.storage_offset(),
-        storage_ptr=storage.data_ptr() if resident else 0,
-        storage_size=storage.nbytes(),
-        resident=resident,
+    resident = device == device_type or device.partition(":")[0] == device_type
+    # In the order of Row's fields: naming each would cost more than reading it.
+    return Row._make(
+        (
+            kind,
+            # The address of an offloaded weight is one of the host's, and nobody must take it
+            # for one of the device's.
+            tensor.data_ptr() if resident else 0,
+            size,
+            size if contiguous else touched_bytes(shape, stride, tensor.element_size()),
+            device,
+            dtype,
+            shape,
+            stride,
+            tensor.storage_offset(),
+            storage.data_ptr() if resident else 0,
+            storage.nbytes(),
+            resident,
+        )
     )
 
 
-def _allocations(rows: Iterable[Row]) -> dict[int, list[tuple[int, int]]]:
+def _allocations(rows: Iterable[Row]) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """The driver allocations under each storage; empty where there is no CUDA."""
     if not cuda_driver.is_initialised():
         return {}
-    allocations: dict[int, list[tuple[int, int]]] = {}
+    allocations: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for row in rows:
-        if row.storage_ptr and row.storage_ptr not in allocations and row.device.startswith("cuda"):
-            found = cuda_driver.allocations_under(row.storage_ptr, row.storage_size)
+        storage = (row.storage_ptr, row.storage_size)
+        if row.storage_ptr and storage not in allocations and row.device.startswith("cuda"):
+            found = cuda_driver.allocations_under(*storage)
             if found:
-                allocations[row.storage_ptr] = found
+                allocations[storage] = found
     return allocations
 
 
-def _allocation_kinds(allocations: dict[int, list[tuple[int, int]]]) -> dict[int, str]:
+def _allocation_kinds(allocations: dict[tuple[int, int], list[tuple[int, int]]]) -> dict[int, str]:
     kinds: dict[int, str] = {}
     for pieces in allocations.values():
         for base, _ in pieces:
@@ -389,12 +471,8 @@ def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
     """
     if before is None or not before.allocations:
         return after
-    sizes = {row.storage_ptr: row.storage_size for row in before.tensors.values()}
-    kept = {
-        row.storage_ptr: before.allocations[row.storage_ptr]
-        for row in after.tensors.values()
-        if row.storage_ptr in before.allocations and sizes.get(row.storage_ptr) == row.storage_size
-    }
+    storages = {(row.storage_ptr, row.storage_size) for row in after.tensors.values()}
+    kept = {key: before.allocations[key] for key in storages & before.allocations.keys()}
     return after._replace(
         allocations={**kept, **after.allocations},
         allocation_kinds={**before.allocation_kinds, **after.allocation_kinds},
@@ -403,8 +481,8 @@ def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
 
 def live_tensors(runner: Any, captured: Capture) -> list[tuple[str, Any]]:
     """The captured resident tensors themselves, for as long as the caller looks at them."""
-    walked = _walk_model(runner.model)
-    named = [pair for kind in walked.values() for pair in kind] + list(_lora_pool(runner))
+    walk = _walk_model(runner.model)
+    named = [pair for kind in walk.tensors.values() for pair in kind] + list(_lora_pool(runner))
     found: dict[str, Any] = {}
     for outer_name, outer in named:
         for name, tensor in _plain_tensors(outer_name, outer):
@@ -427,72 +505,79 @@ def moved(before: Optional[Capture], runner: Any) -> bool:
     """
     if before is None or before.footprint is None:
         return True
-    held = before.footprint.held
-    return _places(runner.model, held) != before.footprint.places
+    attributes, places = before.footprint
+    return _places(_members(runner.model), attributes) != places
 
 
-def _footprint(model: Any) -> Optional[Footprint]:
-    import torch
-
-    held = []
-    for module in _modules(model):
-        keys: list[tuple[str, Any]] = []
-        for name, value in module.__dict__.items():
-            if isinstance(value, torch.Tensor):
-                keys.append((name, None))
-            elif isinstance(value, (list, tuple, dict)) and value and name not in _MODULE_INTERNALS:
-                items: Iterable[tuple[Any, Any]]
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                keys.extend((name, key) for key, item in items if isinstance(item, torch.Tensor))
-        held.append(tuple(keys))
-    places = _places(model, held)
-    return None if places is None else Footprint(held, places)
+def _footprint(model: Any, walk: _Walk) -> Optional[Footprint]:
+    members = _members(model)
+    keys_of = walk.attributes
+    attributes = [
+        (position, keys_of[id(state)])
+        for position, state in enumerate(members.states)
+        if id(state) in keys_of
+    ]
+    places = _places(members, attributes)
+    return None if places is None else Footprint(attributes, places)
 
 
-def _modules(model: Any) -> Iterator[Any]:
-    """Every module once, in a fixed order."""
-    seen = set()
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        children = module.__dict__.get("_modules")
-        if children:
-            stack.extend([child for child in children.values() if child is not None])
+class _Members(NamedTuple):
+    """What every module has, level by level.
+
+    A module under several names may be there several times; what is below it is there once.
+    """
+
+    states: list[dict[str, Any]]  # their __dict__s
+    groups: list[dict[str, Any]]  # those of their dicts of parameters and buffers that hold any
 
 
-def _places(model: Any, held: list[tuple[tuple[str, Any], ...]]) -> Optional[list[Any]]:
+_state_of = attrgetter("__dict__")
+
+
+def _members(model: Any) -> _Members:
+    states: list[dict[str, Any]] = [model.__dict__]
+    groups = []
+    expanded = set()
+    for state in states:  # which grows meanwhile
+        if state["_parameters"]:
+            groups.append(state["_parameters"])
+        if state["_buffers"]:
+            groups.append(state["_buffers"])
+        children = state["_modules"]
+        if children and id(children) not in expanded:
+            expanded.add(id(children))
+            try:
+                below = list(map(_state_of, children.values()))
+            except AttributeError:  # a child that is None
+                below = [child.__dict__ for child in children.values() if child is not None]
+            states += below
+    return _Members(states, groups)
+
+
+def _places(members: _Members, attributes: list[tuple[int, Keys]]) -> Optional[Places]:
     """Names, addresses and shapes of all tensors; None where one can't be asked.
 
-    A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
+    This is what each bucket of an update waits for: all tensors are asked for one thing after
+    the other, without a loop over them in Python.
     """
-    places: list[Any] = []
-    add = places.append
+    import torch
+
+    states, groups = members
+    held = chain.from_iterable(map(dict.values, groups))
+    tensors = [tensor for tensor in held if tensor is not None]
+    names = list(chain.from_iterable(groups))
     try:
-        keys = iter(held)
-        for module in _modules(model):
-            state = module.__dict__
-            for group in (state["_parameters"], state["_buffers"]):
-                for name, tensor in group.items():
-                    if tensor is not None:
-                        address = tensor.data_ptr()
-                        if not address and _is_wrapper(tensor):
-                            return None
-                        add(name)
-                        add(address)
-                        add(tensor.shape)
-            for name, key in next(keys):
-                value = state[name]
-                tensor = value if key is None else value[key]
-                if _is_wrapper(tensor):
-                    return None
-                add(tensor.data_ptr())
-                add(tensor.stride())
-        if next(keys, None) is not None:
-            return None
+        shapes: list[Any] = list(map(torch.Tensor.size, tensors))
+        for position, keys in attributes:
+            state = states[position]
+            for name, key in keys:
+                tensor = state[name] if key is None else state[name][key]
+                tensors.append(tensor)
+                shapes.append(tensor.stride())
+        addresses = list(map(torch.Tensor.data_ptr, tensors))
     except Exception:  # fewer modules, a missing attribute, an uninitialised parameter
         return None
-    return places
+    # A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
+    if 0 in addresses and any(_is_wrapper(t) for t, a in zip(tensors, addresses) if not a):
+        return None
+    return names, addresses, shapes

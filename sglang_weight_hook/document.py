@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
-from .capture import LORA, Capture, Row
+from .capture import LORA, Capture
 from .geometry import Region, merge
 
 SCHEMA = "sglang-weight-layout"
@@ -32,20 +32,20 @@ NAME_LIMIT = 72
 def weights_meta(captured: Capture, updated: bool) -> dict[str, dict[str, Any]]:
     """``weights_meta_{slot}.json``: parameters on the runner's device, under torch's names."""
     meta: dict[str, dict[str, Any]] = {}
+    rows = captured.tensors
     for name, canonical in captured.torch_names.items():
-        row = captured.tensors[canonical]
-        if not row.resident:
-            continue
-        entry: dict[str, Any] = {
-            "ptr": row.ptr,
-            "size": row.size,
-            "device": row.device,
-            "dtype": row.dtype,
-            "shape": row.shape,
-        }
-        if updated:
+        _, ptr, size, _, device, dtype, shape, _, _, _, _, resident = rows[canonical]
+        if resident:
+            meta[name] = {
+                "ptr": ptr,
+                "size": size,
+                "device": device,
+                "dtype": dtype,
+                "shape": shape,
+            }
+    if updated:
+        for entry in meta.values():
             entry["updated"] = True
-        meta[name] = entry
     return meta
 
 
@@ -90,40 +90,47 @@ def merged_weights(captured: Capture, regions: list[Region]) -> list[dict[str, A
 
 def regions_of(captured: Capture) -> list[Region]:
     """Weight memory as maximal spans.  Without CUDA a tensor's storage is its allocation."""
-    return merge(
-        (max(row.ptr, base), min(row.ptr + row.span, base + size), (base, size), name)
-        for name, row in captured.tensors.items()
-        if row.resident and row.ptr
-        for base, size in _allocations_of(captured, row)
-    )
-
-
-def _allocations_of(captured: Capture, row: Row) -> list[tuple[int, int]]:
-    """The allocations under a tensor's storage; a tensor over several has a span in each."""
-    return captured.allocations.get(row.storage_ptr) or [(row.storage_ptr, row.storage_size)]
+    spans = []
+    known = captured.allocations
+    for name, row in captured.tensors.items():
+        _, ptr, _, span, _, _, _, _, _, storage, size, resident = row
+        if not resident or not ptr:
+            continue
+        # The allocations under a tensor's storage; a tensor over several has a span in each.
+        key = (storage, size)
+        for allocation in known.get(key) or (key,):
+            base, length = allocation
+            start = ptr if ptr > base else base
+            end = ptr + span
+            spans.append((start, end if end < base + length else base + length, allocation, name))
+    return merge(spans)
 
 
 def tensors(captured: Capture, checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The ``tensors`` object: every tensor under its canonical name."""
     result: dict[str, dict[str, Any]] = {}
+    aliases = captured.aliases
+    none: list[str] = []
     for name, row in captured.tensors.items():
+        # Unpacked at once: a field at a time costs more than all the rest here.
+        kind, ptr, size, span, device, dtype, shape, stride, offset, storage, length, here = row
         result[name] = {
-            "ptr": row.ptr,
-            "size": row.size,
-            "span": row.span,
-            "device": row.device,
-            "dtype": row.dtype,
-            "shape": row.shape,
-            "stride": row.stride,
-            "storage_offset": row.storage_offset,
-            "storage_ptr": row.storage_ptr,
-            "storage_size": row.storage_size,
-            "kind": row.kind,
-            "resident": row.resident,
-            "aliases": captured.aliases.get(name, []),
+            "ptr": ptr,
+            "size": size,
+            "span": span,
+            "device": device,
+            "dtype": dtype,
+            "shape": shape,
+            "stride": stride,
+            "storage_offset": offset,
+            "storage_ptr": storage,
+            "storage_size": length,
+            "kind": kind,
+            "resident": here,
+            "aliases": aliases.get(name, none),
         }
-        if name in checksums:
-            result[name]["checksum"] = checksums[name]
+    for name in checksums.keys() & result.keys():
+        result[name]["checksum"] = checksums[name]
     return result
 
 
@@ -179,14 +186,15 @@ def layout(
 def _region(captured: Capture, region: Region) -> dict[str, Any]:
     first = captured.tensors[region.names[0]]
     base, size = region.allocation
+    known = (first.storage_ptr, first.storage_size) in captured.allocations
     return {
         "ptr": region.start,
         "size": region.end - region.start,
         "device": first.device,
         "allocation_ptr": base,
         "allocation_size": size,
-        "allocation_source": "driver" if first.storage_ptr in captured.allocations else "storage",
-        "allocation_kind": captured.allocation_kinds.get(base),
+        "allocation_source": "driver" if known else "storage",
+        "allocation_kind": captured.allocation_kinds.get(base) if known else None,
         "tensors": region.names,
     }
 
@@ -220,13 +228,16 @@ def totals(captured: Capture) -> dict[str, dict[str, int]]:
     result: dict[str, dict[str, int]] = {}
     storages: dict[str, dict[int, int]] = {}
     for row in captured.tensors.values():
-        device = result.setdefault(
-            row.device, {"tensors": 0, "tensor_bytes": 0, "storage_bytes": 0}
-        )
+        device = result.get(row.device)
+        if device is None:
+            device = {"tensors": 0, "tensor_bytes": 0, "storage_bytes": 0}
+            result[row.device] = device
         device["tensors"] += 1
         device["tensor_bytes"] += row.size
         if row.resident and row.storage_ptr:
-            storages.setdefault(row.device, {})[row.storage_ptr] = row.storage_size
+            sizes = storages.setdefault(row.device, {})
+            # Storages may begin at one address: a slice of a storage is a storage.
+            sizes[row.storage_ptr] = max(sizes.get(row.storage_ptr, 0), row.storage_size)
     for name, sizes in storages.items():
         result[name]["storage_bytes"] = sum(sizes.values())
     return result
@@ -247,9 +258,9 @@ def storages_of(captured: Capture) -> Storages:
     """Every storage once, under the first of weights, LoRA and KV cache that uses it."""
     found = Storages({}, {}, {})
     for row in captured.tensors.values():
-        if row.resident and row.storage_ptr and row.storage_ptr not in found.weights:
+        if row.resident and row.storage_ptr:
             kind = found.lora if row.kind == LORA else found.weights
-            kind[row.storage_ptr] = row.storage_size
+            kind[row.storage_ptr] = max(kind.get(row.storage_ptr, 0), row.storage_size)
     for start in found.weights:
         found.lora.pop(start, None)
     for entry in captured.kv_cache:
@@ -373,8 +384,9 @@ def event(
 
 def _short(text: Optional[str], limit: int = MESSAGE_LIMIT) -> Optional[str]:
     """Cut to ``limit`` bytes of JSON, whatever escapes the text needs."""
-    if text is None:
-        return None
+    # Plain text, of which at most every character is one that JSON puts a backslash before.
+    if text is None or (2 * len(text) + 2 <= limit and text.isascii() and text.isprintable()):
+        return text
     cut = text[:limit]
     while len(json.dumps(cut)) > limit:
         cut = cut[: len(cut) * 3 // 4]

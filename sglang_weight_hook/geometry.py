@@ -6,6 +6,7 @@ All sizes and addresses are in bytes.  A span is ``(start, end)``, ``end`` exclu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 
@@ -41,6 +42,9 @@ class Region(NamedTuple):
     names: list[str]
 
 
+_allocation_and_start = itemgetter(2, 0)
+
+
 def merge(spans: Iterable[tuple[int, int, tuple[int, int], str]]) -> list[Region]:
     """Merge touching or overlapping spans ``(start, end, allocation, name)``.
 
@@ -49,15 +53,15 @@ def merge(spans: Iterable[tuple[int, int, tuple[int, int], str]]) -> list[Region
     Sorted by address.
     """
     regions: list[Region] = []
-    for start, end, allocation, name in sorted(spans, key=lambda span: (span[2], span[0])):
+    for start, end, allocation, name in sorted(spans, key=_allocation_and_start):
         if start >= end:
             continue
         last = regions[-1] if regions else None
-        if last is not None and last.allocation == allocation and start <= last.end:
+        if last is not None and start <= last.end and last.allocation == allocation:
             last.names.append(name)
             if end > last.end:
                 regions[-1] = last._replace(end=end)
         else:
             regions.append(Region(start, end, allocation, [name]))
-    regions.sort(key=lambda region: region.start)
+    regions.sort(key=attrgetter("start"))
     return regions

@@ -501,8 +501,8 @@ class Slot:
     """One runner's published files.  Opening reads nothing yet."""
 
     def __init__(self, directory: str, name: str) -> None:
-        self.directory = directory
-        self.name = name
+        self.directory = _file_name(directory)
+        self.name = _file_name(name)
 
     def path(self, document: str) -> str:
         """Path of one of `publish.DOCUMENTS`, or of a lock file, of this slot."""
@@ -689,7 +689,7 @@ class Directory:
     """An output directory: the slots of every runner that publishes into it."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = _file_name(path)
 
     def slots(self) -> list[Slot]:
         """All slots with a state file, by name.  Raises HookError."""
@@ -759,7 +759,7 @@ def open_file(path: str) -> Document:
 
     Nothing is known about the slot as it is now: the state is that of the copy.
     """
-    raw = _read_json(path)
+    raw = _read_json(_file_name(path))
     if raw is None:
         raise HookError(f"{path} does not exist; give a copy of a weight_layout_{{slot}}.json")
     _check_schema(raw, SCHEMA, path)
@@ -796,6 +796,9 @@ _LOOK_AGAIN = 1.0
 
 # The layout of a model of 100,000 tensors has some 50 MB.
 MAX_DOCUMENT_BYTES = 256 * 1024**2
+
+# More dimensions than any tensor has.
+_DIMENSIONS = 128
 
 # How many ways to divide an offset among overlapping dimensions are tried.  Tensors as torch
 # makes them need one for each dimension.
@@ -907,7 +910,7 @@ class _Fields:
 
     def numbers(self, name: str) -> tuple[int, ...]:
         value = self._raw.get(name)
-        if not isinstance(value, list) or not all(map(_is_size, value)):
+        if not isinstance(value, list) or len(value) > _DIMENSIONS or not all(map(_is_size, value)):
             raise self.improper(name)
         return tuple(value)
 
@@ -919,7 +922,18 @@ class _Fields:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    # Longer than 64 bits is no address; of some lies the product would fit into no memory.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+
+
+def _file_name(name: str) -> str:
+    """``name``, if a file can have it.  Raises HookError."""
+    try:
+        if b"\0" not in os.fsencode(name):
+            return name
+    except ValueError:  # a lone surrogate
+        pass
+    raise HookError(f"{name!r} is no name that a file can have; give that of a slot or directory")
 
 
 def _read_json(path: str) -> Optional[dict[str, Any]]:
@@ -935,8 +949,6 @@ def _read_json(path: str) -> Optional[dict[str, Any]]:
             data = file.read(status.st_size + 1)
     except FileNotFoundError:
         return None
-    except ValueError as error:  # a NUL or a lone surrogate in the name
-        raise HookError(f"{path!r} is no file name ({error}); give the server's") from error
     except OSError as error:
         raise HookError(
             f"{path} cannot be read ({error.strerror}); read as a user who may, and check that "

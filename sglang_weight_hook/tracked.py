@@ -277,9 +277,7 @@ class Tracked:
         meta = document.weights_meta(captured, self.updated)
         sums = document.total_weight_meta(meta)
         figures, allocator = self._memory(captured)
-        # Asked once, when all is in place: torch takes longer for it than we for our own walk.
-        ask = self.starting and self.settled
-        named = _or_else(None, capturing.parameter_count, runner) if ask else None
+        named = _or_else(None, capturing.parameter_count, runner) if self.starting else None
         layout = document.layout(
             captured,
             regions,
