@@ -4,7 +4,7 @@ PYTHON ?= python3
 TOOLS := .cache/tools
 BIN := $(TOOLS)/bin
 
-.PHONY: help demo test test-unit test-install test-real test-matrix test-gpu lint bench tools clean
+.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-gpu stress lint bench tools clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -12,13 +12,16 @@ help: ## list these targets
 demo: ## a real SGLang on this CPU, hooked: install, launch, read the map, update, uninstall
 	@$(PYTHON) -m demo
 
-test: lint test-unit test-install test-real ## everything CI runs (some 10 minutes; the first run installs SGLang)
+test: lint test-unit test-install test-stress test-real ## everything CI runs (some 10 minutes; the first run installs SGLang)
 
 test-unit: tools ## the parts, with real tensors and real processes
 	$(BIN)/python -m pytest -q tests/unit
 
 test-install: tools ## install and uninstall in fresh venvs of every Python found
 	$(BIN)/python -m pytest -q tests/install
+
+test-stress: tools ## faults, kills and lies, in the short form
+	$(BIN)/python -m pytest -q tests/stress
 
 test-real: tools ## real SGLang servers on the CPU
 	$(BIN)/python -m pytest -q tests/real_sglang -m "not matrix"
@@ -28,6 +31,9 @@ test-matrix: tools ## a real server of every SGLang line (some 25 minutes); writ
 
 test-gpu: tools ## on a machine with a CUDA device and SGLang
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+stress: tools ## tries to break it, with real processes (about an hour; docs/stress.md)
+	$(BIN)/python -m pytest -q -s --long tests/stress
 
 lint: tools ## ruff and mypy --strict
 	$(BIN)/ruff check .

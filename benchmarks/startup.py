@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
@@ -99,8 +100,21 @@ def modules(python: Path) -> set[str]:
     return set(ask(python, "import sys; print(*sys.modules)").split())
 
 
-def measure(base: Path, place: Path) -> bool:
-    """Print one line of the table; whether it is within the budget."""
+class Counts(NamedTuple):
+    """Instructions of ``python -c pass``."""
+
+    empty: int  # in an environment without any .pth file
+    bare: int  # with an inert one
+    hooked: int
+    extra: set[str]  # modules that only the hooked one imports
+
+    @property
+    def ratio(self) -> float:
+        return self.hooked / self.bare
+
+
+def count(base: Path, place: Path) -> Counts:
+    """Count for one Python, in environments below ``place``."""
     # Paths of one length: even that shows in the counts.
     empty = make_environment(base, place / "empty", hook=False, inert=False)
     bare = make_environment(base, place / "bare_", hook=False)
@@ -108,12 +122,16 @@ def measure(base: Path, place: Path) -> bool:
     extra = modules(hooked) - modules(bare)
     for python in (empty, bare, hooked):  # so that the standard library is compiled
         subprocess.run([str(python), "-c", "pass"], check=True)
-    nothing, without, with_hook = (instructions(python) for python in (empty, bare, hooked))
-    ratio = with_hook / without
-    within = ratio <= BUDGET
+    return Counts(instructions(empty), instructions(bare), instructions(hooked), extra)
+
+
+def measure(base: Path, place: Path) -> bool:
+    """Print one line of the table; whether it is within the budget."""
+    nothing, without, with_hook, extra = counts = count(base, place)
+    within = counts.ratio <= BUDGET
     print(
         f"{ask(base, 'import platform; print(platform.python_version())'):<9}"
-        f"{without:>14,}{with_hook:>14,}{ratio:>9.4f}{without / nothing:>10.4f}"
+        f"{without:>14,}{with_hook:>14,}{counts.ratio:>9.4f}{without / nothing:>10.4f}"
         f"  {len(extra)} {' '.join(sorted(extra))}" + ("" if within else "  OVER BUDGET"),
         flush=True,
     )

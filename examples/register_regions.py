@@ -20,7 +20,6 @@ What the state file asks for, see docs/format.md:
 * ``content_generation`` rose: the registrations stay good.
 """
 
-
 from __future__ import annotations
 
 import argparse

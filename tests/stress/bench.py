@@ -1,0 +1,179 @@
+"""What the scenarios share: processes that play scenes, and what can be checked from outside.
+
+No torch here: the readers of the bench go without, as readers do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TENSORS = 6
+
+# The actions of faults.c, and its operations.
+COUNT, KILL_BEFORE, KILL_AFTER, KILL_WITHIN, FAIL, LOSE_ANSWER, SHORTEN = range(7)
+OPEN, WRITE, CLOSE, RENAME, UNLINK, MKDIR, FLOCK = (1 << bit for bit in range(7))
+
+
+def length_at(generation: int) -> int:
+    """The length of every tensor of `scenes.Weights` at a layout generation."""
+    return 1000 + generation % 1000
+
+
+def is_mixed(layout: Mapping[str, Any]) -> bool:
+    """Whether a layout document of `scenes.Weights` is of more than one generation.
+
+    An empty one is a map that was withdrawn.
+    """
+    length = length_at(layout["layout_generation"])
+    tensors = layout["tensors"].values()
+    if not tensors:
+        return bool(layout["regions"])
+    sizes = sum(region["size"] for region in layout["regions"])
+    return (
+        len(tensors) != TENSORS
+        or any(tensor["shape"] != [length] for tensor in tensors)
+        or sizes != TENSORS * length * 4
+    )
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "SGLANG_WEIGHT_HOOK", "LD_PRELOAD"))
+    }
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **more}
+
+
+class Theatre:
+    """A process in whose forked children scenes are played."""
+
+    def __init__(self, faults: Optional[Path] = None) -> None:
+        preload = {} if faults is None else {"LD_PRELOAD": str(faults)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.stress.scenes"],
+            cwd=ROOT,
+            env=environment(**preload),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._playing: set[int] = set()
+
+    def start(self, scene: str, **arguments: Any) -> int:
+        """The pid of a child that plays."""
+        pid = int(self._ask({"scene": scene, "arguments": arguments})["pid"])
+        self._playing.add(pid)
+        return pid
+
+    def wait(self, pid: int) -> tuple[int, str]:
+        """Exit status (negative: the signal), and what it said."""
+        answer = self._ask({"wait": pid})
+        self._playing.discard(pid)
+        return answer["status"], answer["said"]
+
+    def play(self, scene: str, **arguments: Any) -> Any:
+        """Play to the end; what it returned."""
+        status, said = self.wait(self.start(scene, **arguments))
+        assert status == 0, said
+        return json.loads(said)
+
+    def kill(self, pid: int) -> None:
+        """End a child, unless it was waited for already."""
+        if pid in self._playing:
+            os.kill(pid, signal.SIGKILL)
+            self.wait(pid)
+
+    def close(self) -> None:
+        for pid in list(self._playing):
+            self.kill(pid)
+        self._process.communicate()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+class Child:
+    """A process that plays one scene and talks over pipes; ended with the `with` block."""
+
+    def __init__(self, code: str, *arguments: str, **more: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT,
+            env=environment(**more),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGCONT)  # a stopped one
+            self.process.kill()
+        self.process.communicate()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def hear(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def tell(self, line: str = "") -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+
+class Actor:
+    """A scene that can be talked to while it plays; ended with the `with` block."""
+
+    def __init__(self, theatre: Theatre, talk: Path, scene: str, **arguments: Any) -> None:
+        for end in ("in", "out"):
+            os.mkfifo(f"{talk}.{end}")
+        self._theatre = theatre
+        self.pid = theatre.start(scene, talk=str(talk), **arguments)
+        self._telling = open(f"{talk}.in", "w", buffering=1)  # noqa: SIM115
+        self._hearing = open(f"{talk}.out")  # noqa: SIM115
+
+    def __enter__(self) -> Actor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._telling.close()
+        self._hearing.close()
+        self._theatre.kill(self.pid)
+
+    def hear(self) -> str:
+        return self._hearing.readline().strip()
+
+    def tell(self) -> None:
+        self._telling.write("\n")
+
+    def result(self) -> Any:
+        status, said = self._theatre.wait(self.pid)
+        assert status == 0, said
+        return json.loads(said)
+
+
+def whole_files(directory: Path) -> dict[str, Any]:
+    """Every JSON file of a directory; each parses."""
+    return {path.name: json.loads(path.read_bytes()) for path in sorted(directory.glob("*.json"))}
