@@ -83,7 +83,7 @@ def test_a_lie_found_by_coverage(folder: Path, is_long: bool) -> None:
     probe = [python, "-c", "import atheris, typer, rich"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("atheris is not installed; ATHERIS_PYTHON may name an interpreter that has it")
-    seconds = 300 if is_long else 3
+    seconds = 120 if is_long else 3
     done = subprocess.run(
         [python, "-m", "tests.stress.lies", str(folder), f"-max_total_time={seconds}",
          "-rss_limit_mb=1500", "-timeout=30", "-max_len=256"],
@@ -156,7 +156,7 @@ def test_the_c_example_refuses_a_device(device: str, bad: Path, print_regions: P
     with open(bad / "weight_owner_0.lock", "rb") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
         command = [str(print_regions), str(bad), "0"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
     assert done.returncode == 1
     assert "is not a file" in done.stderr
 
@@ -173,7 +173,7 @@ def test_a_huge_file_is_refused_before_it_is_read(document: str, bad: Path) -> N
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@pytest.mark.parametrize("dimensions", [[10**4000] * 30, [2**63] * 2000, [2**63] * 128])
+@pytest.mark.parametrize("dimensions", [[10**4000] * 10, [2**63] * 2000, [2**63] * 128])
 def test_shapes_whose_product_no_memory_could_hold(dimensions: list[int], bad: Path) -> None:
     path = bad / publish.LAYOUT.format("0")
     layout = json.loads(path.read_bytes())

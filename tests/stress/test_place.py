@@ -51,7 +51,7 @@ def test_an_error_at_any_file_operation(theatre: Theatre, tmp_path: Path, is_lon
     every = list(itertools.product(range(1, counted["operations"] + 1), ERRORS, (1, 3, FOR_EVER)))
     # The worst: not even the state file can be written, or taken away.
     worst = [(1, errno.EROFS, FOR_EVER), (2, errno.EIO, FOR_EVER)]
-    cases = every if is_long else worst + every[::61]
+    cases = every if is_long else worst + every[::97]
     for number, (at, code, times) in enumerate(cases):
         maps = str(tmp_path / f"maps{number}")
         told = theatre.play("fault", directory=maps, at=at, action=FAIL, code=code, times=times)
