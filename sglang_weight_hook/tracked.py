@@ -276,7 +276,7 @@ class Tracked:
         regions = document.regions_of(captured)
         meta = document.weights_meta(captured, self.updated)
         sums = document.total_weight_meta(meta)
-        figures, allocator = self._memory(captured)
+        figures, allocator, foreign = self._memory(captured)
         named = _or_else(None, capturing.parameter_count, runner) if self.starting else None
         layout = document.layout(
             captured,
@@ -288,6 +288,7 @@ class Tracked:
             document.validation(captured, named, allocator),
             _or_else(None, self._checksums, runner, captured),
             now,
+            foreign,
         )
         contents = {
             publish.LAYOUT: layout,
@@ -310,8 +311,11 @@ class Tracked:
             publish.MERGED: [],
         }
 
-    def _memory(self, captured: Capture) -> tuple[dict[str, Any], Optional[dict[str, int]]]:
-        """The ``memory`` figures, and the allocator's part of ``validation``."""
+    def _memory(
+        self, captured: Capture
+    ) -> tuple[dict[str, Any], Optional[dict[str, int]], frozenset[int]]:
+        """The ``memory`` figures, the allocator's part of ``validation``, and the storages that
+        this process's allocator did not make (imported from another process, as a rule)."""
         found = _or_else(None, memory.device, captured.device_type)
         mine = self.storages.all()
         siblings = self.siblings(self)
@@ -323,7 +327,10 @@ class Tracked:
         }
         figures = memory.account(found, *self.storages, theirs, self._released_bytes())
         figures.update(self._shared(siblings))
-        return figures, memory.reconcile(found, {**theirs, **mine})
+        foreign = frozenset(
+            start for start in mine if found is not None and not found.allocator.holds(start)
+        )
+        return figures, memory.reconcile(found, {**theirs, **mine}), foreign
 
     def _released_bytes(self) -> int:
         """Bytes of this slot's storages that have no pages now."""
