@@ -153,6 +153,7 @@ def test_a_second_server_in_the_same_directory_gets_a_slot_of_its_own(
         (live,) = second.live()
         assert_true_map(other.read(), live)
         assert any("another live process" in line for line in second.hook_log())
+    server.update_weights_from_disk(checkpoint(1))
     scenario.check(server, [slot], "ready", updated=True)
     assert not other.owner_alive()
 
