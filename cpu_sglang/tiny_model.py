@@ -1,6 +1,6 @@
-"""Writes a random Llama or Qwen2 checkpoint small enough to load in no time.
+"""Writes a random checkpoint small enough to load in no time.
 
-Everything a server wants is there: config, weights, and a tokenizer in which every
+A Llama, a Qwen2, or an EAGLE draft for such a Llama.  Everything a server wants is there: config, weights, and a tokenizer in which every
 byte is a token, so no download is needed.  The same arguments give the same weights;
 another seed gives the "update" of the same model.
 
@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    # An EAGLE draft for a Llama: embedding and head are the target's, `fc` joins its input.
+    "llama_eagle": "LlamaForCausalLMEagle",
+}
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 # SGLang pads the vocabulary to a multiple of 64; a checkpoint that is already there
 # makes the shapes on disk and in memory the same.
@@ -46,7 +51,7 @@ class TinyModel:
     def config(self) -> dict[str, Any]:
         return {
             "architectures": [ARCHITECTURES[self.architecture]],
-            "model_type": self.architecture,
+            "model_type": self.architecture.partition("_")[0],
             "torch_dtype": self.dtype,
             "hidden_size": self.hidden,
             "intermediate_size": 2 * self.hidden,
@@ -71,10 +76,16 @@ class TinyModel:
         """Every weight of the checkpoint under its Hugging Face name."""
         hidden, inner = self.hidden, 2 * self.hidden
         kv = self.kv_heads * (hidden // self.heads)
-        yield "model.embed_tokens.weight", (VOCABULARY, hidden)
+        eagle = self.architecture == "llama_eagle"
+        top = "" if eagle else "model."
+        if eagle:
+            yield "fc.weight", (hidden, 2 * hidden)
+        else:
+            yield "model.embed_tokens.weight", (VOCABULARY, hidden)
         for layer in range(self.layers):
-            prefix = f"model.layers.{layer}."
-            yield prefix + "input_layernorm.weight", (hidden,)
+            prefix = f"{top}layers.{layer}."
+            if not (eagle and layer == 0):  # SGLang's models/llama_eagle.py leaves it out
+                yield prefix + "input_layernorm.weight", (hidden,)
             for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
                 yield prefix + f"self_attn.{name}_proj.weight", (rows, hidden)
                 if self.architecture == "qwen2":
@@ -84,6 +95,8 @@ class TinyModel:
             yield prefix + "mlp.gate_proj.weight", (inner, hidden)
             yield prefix + "mlp.up_proj.weight", (inner, hidden)
             yield prefix + "mlp.down_proj.weight", (hidden, inner)
+        if eagle:
+            return
         yield "model.norm.weight", (hidden,)
         if not self.tied_embeddings:
             yield "lm_head.weight", (VOCABULARY, hidden)
