@@ -1,8 +1,9 @@
 """Writes a random checkpoint small enough to load in no time.
 
-A Llama, a Qwen2, or an EAGLE draft for such a Llama.  Everything a server wants is there: config, weights, and a tokenizer in which every
-byte is a token, so no download is needed.  The same arguments give the same weights;
-another seed gives the "update" of the same model.
+A Llama, a Qwen2, or an EAGLE draft for such a Llama.  Everything a server wants is
+there: config, weights, and a tokenizer in which every byte is a token, so no download is
+needed.  The same arguments give the same weights; another seed gives the "update" of the
+same model.
 
 Runs in the venv (it needs torch, safetensors and tokenizers):
 

@@ -9,7 +9,6 @@ the one that it calls then.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,27 +54,6 @@ def start():
         sys.meta_path.insert(0, Waiting)
 '''
 
-# From a tiny Llama: one layer without its input norm, no embedding, no head, and `fc`.
-MAKE_EAGLE = """
-import json, shutil, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-source, made = Path(sys.argv[1]), Path(sys.argv[2])
-shutil.copytree(source, made)
-weights = load_file(made / "model.safetensors")
-hidden = weights["model.norm.weight"].shape[0]
-layer = {
-    name.removeprefix("model."): tensor for name, tensor in weights.items()
-    if name.startswith("model.layers.0.") and "input_layernorm" not in name
-}
-layer["fc.weight"] = torch.randn(hidden, 2 * hidden).to(torch.bfloat16)
-save_file(layer, made / "model.safetensors", metadata={"format": "pt"})
-config = json.loads((made / "config.json").read_text())
-config.update(architectures=["LlamaForCausalLMEagle"], num_hidden_layers=1)
-(made / "config.json").write_text(json.dumps(config))
-"""
-
 ARGUMENTS = (
     *("--speculative-num-steps", "2"),
     *("--speculative-eagle-topk", "1"),
@@ -104,18 +82,9 @@ def python(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def drafts(
-    environment: Environment,
-    checkpoint: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Path]:
+def drafts(checkpoint: Callable[..., Path]) -> dict[str, Path]:
     """A draft's checkpoint for each algorithm."""
-    eagle = tmp_path_factory.mktemp("drafts") / "eagle"
-    subprocess.run(
-        [str(environment.python), "-c", MAKE_EAGLE, str(checkpoint(2)), str(eagle)],
-        env=environment.env(),
-        check=True,
-    )
+    eagle = checkpoint(2, "--architecture", "llama_eagle", "--layers", "1")
     return {"STANDALONE": checkpoint(2), "EAGLE": eagle}
 
 
