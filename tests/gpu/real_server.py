@@ -20,9 +20,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -162,10 +163,12 @@ def check_memory(document: hook.Document, seen: dict[str, Any]) -> None:
     seen.update(document.raw["validation"]["allocator"])
 
 
-def check_bytes(server: GpuServer, slot: str, folder: Path, seen: dict[str, Any]) -> None:
+def check_bytes(
+    server: GpuServer, slot: str, folder: Path, seen: dict[str, Any], rank: int = 0, ranks: int = 1
+) -> None:
     """Bytes through the published addresses equal the checkpoint's."""
-    held = server.bytes_by_slot()[slot]
-    wanted = checkpoint_bytes.expected(folder)
+    held = server.bytes_by_slot(ranks)[slot]
+    wanted = checkpoint_bytes.expected(folder, rank, ranks)
     compared = wanted.keys() & held.keys()
     wrong = sorted(name for name in compared if held[name] != wanted[name])
     assert not wrong, wrong
@@ -279,6 +282,61 @@ def speculative(report: Report, python: Path, a: Path, b: Path, folder: Path) ->
                 check_memory(document, seen)
 
 
+def eagle(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
+    """A draft that serves with the target's own embedding and head."""
+    folder.mkdir(parents=True)
+    target, draft = folder / "target", folder / "draft"
+    make_checkpoint(python, target, 1, "--architecture", "llama")
+    make_checkpoint(python, draft, 2, "--architecture", "llama_eagle", "--layers", "1")
+    arguments = [
+        "--speculative-algorithm", "EAGLE",
+        "--speculative-draft-model-path", str(draft),
+        "--speculative-num-steps", "2",
+        "--speculative-eagle-topk", "1",
+        "--speculative-num-draft-tokens", "3",
+    ]  # fmt: skip
+    with GpuServer(python, target, folder / "server", arguments) as server:
+        slots = {slot.name: slot for slot in server.maps.slots()}
+        with report.check("EAGLE: target and draft have a slot each, both settled") as seen:
+            assert set(slots) == {"0", "0_draft"}
+            documents = {name: slot.read() for name, slot in slots.items()}
+            for name, document in documents.items():
+                assert document.state["state"] == "ready"
+                check_geometry(document, {})
+                seen[name] = len(document.tensors)
+        with report.check("EAGLE: target's and draft's bytes") as seen:
+            check_bytes(server, "0", target, seen)
+            held = server.bytes_by_slot()["0_draft"]
+            own = checkpoint_bytes.expected(draft)
+            wanted = {f"model.{name}": found for name, found in own.items()}
+            assert {name: held[name] for name in wanted} == wanted
+            seen["draft equal"] = len(wanted)
+        with report.check("EAGLE: shared embedding and head are counted once") as seen:
+            one, other = (documents[name] for name in ("0", "0_draft"))
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                assert one.tensors[name]["ptr"] == other.tensors[name]["ptr"], name
+            storages = {
+                (tensor["storage_ptr"], tensor["storage_size"])
+                for document in documents.values()
+                for tensor in document.tensors.values()
+            }
+            counted = sum(
+                document.memory["weights_bytes"] - document.memory["shared_bytes"]
+                for document in documents.values()
+            )
+            assert counted == sum(size for _, size in storages)
+            seen.update(counted=counted, shared=other.memory["shared_bytes"])
+        with report.check("EAGLE: both right after an update of the target") as seen:
+            status, answer = server.update_weights_from_disk(target)
+            assert status == 200, answer
+            for name, slot in slots.items():
+                document = slot.read()
+                assert document.state["state"] == "ready", document.state
+                assert document.layout_generation == documents[name].layout_generation
+                check_geometry(document, {})
+            check_bytes(server, "0", target, seen)
+
+
 def online(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
     """Updates without a file, in buckets: tensors, flattened buckets, a process group."""
     with GpuServer(python, a, folder) as server:
@@ -304,6 +362,33 @@ def online(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None
                 assert after.content_generation > before.content_generation + 3
                 seen.update(content=after.content_generation - before.content_generation)
                 check_bytes(server, "0", a, seen)  # the client has put A back
+        sender = Path(__file__).with_name("ipc_update.py")
+        if subprocess.run([python, "-c", "import checkpoint_engine"], check=False).returncode:
+            print("no updates by IPC: checkpoint-engine is not installed", flush=True)
+            return
+        for number, model in enumerate((b, a)):
+            with report.check(f"update by IPC {number + 1} of 2, from checkpoint-engine") as seen:
+                before = slot.read()
+                client = subprocess.run(
+                    [str(python), str(sender), str(model), "--port", str(server.port)],
+                    env=server.variables,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    timeout=240,
+                    check=False,
+                )
+                assert client.returncode == 0, client.stdout
+                after = slot.read()
+                assert after.state["event"]["kind"] == "update_weights_from_ipc"
+                assert after.state["state"] == "ready"
+                assert after.layout_generation == before.layout_generation
+                assert after.content_generation == before.content_generation + 1
+                check_bytes(server, "0", model, seen)
+        with report.check("a failing update by IPC") as seen:
+            status, answer = server.post("/update_weights_from_ipc", {"zmq_handles": {}})
+            state = slot.read_state()
+            assert (status, state["state"]) == (400, "failed"), (answer, state)
+            seen.update(message=state["event"]["message"])
 
 
 def quantised(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
@@ -340,57 +425,122 @@ def quantised(report: Report, python: Path, a: Path, b: Path, folder: Path) -> N
 
 
 def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
-    """Requests per second, time to first token and device memory, with and without the hook."""
-    figures: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
-    for number, which in enumerate(("without", "with", "without", "with")):
-        variables = {"SGLANG_WEIGHT_HOOK": "0" if which == "without" else "1"}
-        with GpuServer(python, a, folder / str(number), (), variables) as server:
-            for _ in range(8):
-                server.generate(max_new_tokens=16)
-            figures[which].append(_load(server, a, b))
-            print(which, figures[which][-1], flush=True)
-    with report.check("serving with and without the hook") as seen:
-        for name in figures["with"][0]:
-            pairs = [[round(run[name], 4) for run in figures[which]] for which in figures]
-            seen[name] = f"with {pairs[0]} without {pairs[1]}"
+    """Requests and updates of servers that run side by side, taking turns.
 
+    Without anything, with the hook, and, where ``SEED_PROTOTYPE`` names its folder, with the
+    prototype.  Each figure is compared with the bare server's of the same turn.
+    """
+    folder.mkdir(parents=True)
+    interpreters = {"without": thin_venv(python, folder / "bare"), "with": python}
+    if prototype := os.environ.get("SEED_PROTOTYPE"):
+        # It imports torch when the interpreter starts: what makes torch importable goes first.
+        interpreters["prototype"] = thin_venv(python, folder / "prototype", "aa")
+        purelib = next((folder / "prototype").glob("lib/python*/site-packages"))
+        for name in (
+            "sglang_injector.pth",
+            "sglang_patch_loader.py",
+            "sglang_weight_hook_patch_core.py",
+        ):
+            shutil.copy(Path(prototype, name), purelib)
+    servers: dict[str, GpuServer] = {}
+    with ExitStack() as running, ThreadPoolExecutor(len(interpreters)) as starting:
+        # A small cache under a large fraction: each start sees the others take memory.
+        small = ["--max-total-tokens", "8192"]
+        started = {
+            name: starting.submit(GpuServer(each, a, folder / name, small, fraction=0.6).start)
+            for name, each in interpreters.items()
+        }
+        for name, future in started.items():
+            try:
+                servers[name] = future.result()
+                running.callback(servers[name].stop)
+            except Exception as error:
+                if name != "prototype":
+                    raise
+                print(f"the prototype's server did not start: {str(error)[-1500:]}", flush=True)
+        figures: dict[str, dict[str, list[float]]] = {
+            "32 tokens": {}, "first token": {}, "update from disk": {}
+        }  # fmt: skip
+        for server in servers.values():
+            for _ in range(4):
+                server.generate(max_new_tokens=32)
+                server.generate(max_new_tokens=1)
+        for what, turns in (("32 tokens", 40), ("first token", 100)):
+            tokens = 32 if what == "32 tokens" else 1
+            _take_turns(figures[what], servers, turns, lambda server, _: server.generate(
+                max_new_tokens=tokens  # noqa: B023
+            ))  # fmt: skip
 
-def _load(server: GpuServer, a: Path, b: Path) -> dict[str, float]:
-    """One measurement: sequential requests, then updates from disk."""
-    count = 60
-    started = time.perf_counter()
-    for _ in range(count):
-        server.generate(max_new_tokens=32)
-    requests = count / (time.perf_counter() - started)
-    firsts = []
-    for _ in range(count):
-        started = time.perf_counter()
-        server.generate(max_new_tokens=1)
-        firsts.append(time.perf_counter() - started)
-    updates = []
-    for _ in range(10):
-        for model in (b, a):
+        def update(server: GpuServer, turn: int) -> None:
+            model = (b, a)[turn % 2]
+            status, answer = server.post("/update_weights_from_disk", {"model_path": str(model)})
+            assert status == 200, answer
+
+        bare_and_hooked = {name: servers[name] for name in ("without", "with")}
+        for server in bare_and_hooked.values():
             server.wait_idle()
+        _take_turns(figures["update from disk"], bare_and_hooked, 60, update)
+        if "prototype" in servers:
+            try:
+                servers["prototype"].wait_idle()
+                only = {"prototype": servers["prototype"]}
+                _take_turns(figures["update from disk"], only, 60, update)
+            except (OSError, AssertionError, RuntimeError) as error:
+                figures["update from disk"].pop("prototype", None)
+                print(f"the prototype's update: {error}", flush=True)
+                print(servers["prototype"].log_tail(40), flush=True)
+        for what, times in figures.items():
+            with report.check(f"serving: {what}") as seen:
+                bare = times["without"]
+                seen["without"] = f"{statistics.median(bare) * 1e3:.2f} ms"
+                for name in times.keys() - {"without"}:
+                    ratios = [mine / its for mine, its in zip(times[name], bare)]
+                    low, middle, high = statistics.quantiles(ratios)
+                    seen[name] = (
+                        f"{statistics.median(times[name]) * 1e3:.2f} ms, ratio {middle:.3f}"
+                        f" (quartiles {low:.3f} to {high:.3f}, n {len(ratios)})"
+                    )
+        with report.check("serving: device memory of each server") as seen:
+            for name, server in servers.items():
+                seen[name] = f"{_device_mib(server)} MiB"
+
+
+def _take_turns(
+    times: dict[str, list[float]],
+    servers: Mapping[str, GpuServer],
+    turns: int,
+    act: Callable[[GpuServer, int], object],
+) -> None:
+    """``act`` on each server, one at a time, the first one changing from turn to turn."""
+    for turn in range(turns):
+        names = list(servers)
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
             started = time.perf_counter()
-            server.post("/update_weights_from_disk", {"model_path": str(model)})
-            updates.append(time.perf_counter() - started)
-    used = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+            act(servers[name], turn)
+            times.setdefault(name, []).append(time.perf_counter() - started)
+
+
+def _device_mib(server: GpuServer) -> Optional[int]:
+    """What nvidia-smi says the server's processes hold; None where it does not say."""
+    said = subprocess.run(
+        ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout
-    return {
-        "requests_per_second": requests,
-        "first_token_ms": statistics.median(firsts) * 1e3,
-        "update_ms": statistics.median(updates) * 1e3,
-        "device_used_mib": float(used.splitlines()[0]),
-    }
+    mine = set(server.group_pids())
+    held = [line.split(",") for line in said.splitlines()]
+    sizes = [int(size) for pid, size in held if int(pid) in mine and size.strip().isdigit()]
+    return sum(sizes) if sizes else None
 
 
 def tensor_parallel(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
-    """Two GPUs: two slots, right devices and ranks, sums equal to one GPU's model."""
-    with GpuServer(python, a, folder, ["--tp-size", "2"]) as server:
+    """Two GPUs: two slots, right devices and ranks, together the one GPU's model."""
+    with GpuServer(python, a, folder / "one") as server:
+        whole = server.maps.slot("0").read()
+    arguments = ["--tp-size", "2", "--enable-memory-saver"]
+    with GpuServer(python, a, folder / "two", arguments) as server:
         slots = server.maps.slots()
         with report.check("two slots with their own GPUs and ranks") as seen:
             assert [slot.name for slot in slots] == ["0", "1"]
@@ -402,6 +552,56 @@ def tensor_parallel(report: Report, python: Path, a: Path, b: Path, folder: Path
                 check_geometry(document, seen)
                 check_memory(document, {})
             seen.update(uuids=len(uuids))
+        with report.check("the two ranks together are the one GPU's model") as seen:
+            seen.update(check_shards(whole, documents))
+        for what, model in (("the load", a), ("an update from disk", b)):
+            with report.check(f"every rank's bytes after {what}") as seen:
+                if model is b:
+                    status, answer = server.update_weights_from_disk(b)
+                    assert status == 200, answer
+                for rank, slot in enumerate(slots):
+                    check_bytes(server, slot.name, model, seen, rank, len(slots))
+        with report.check("release and resume on both ranks, and an update") as seen:
+            epochs = [slot.read_state()["physical_epoch"] for slot in slots]
+            server.wait_idle()
+            status, answer = server.post("/release_memory_occupation", {"tags": ["weights"]})
+            assert status == 200, answer
+            assert [slot.read_state()["state"] for slot in slots] == ["released"] * 2
+            status, answer = server.post("/resume_memory_occupation", {"tags": ["weights"]})
+            assert status == 200, answer
+            now = [slot.read_state()["physical_epoch"] for slot in slots]
+            assert now == [epoch + 1 for epoch in epochs]
+            status, answer = server.update_weights_from_disk(a)
+            assert status == 200, answer
+            for rank, slot in enumerate(slots):
+                assert slot.read_state()["state"] == "ready"
+                check_bytes(server, slot.name, a, seen, rank, len(slots))
+
+
+def check_shards(whole: hook.Document, ranks: Sequence[hook.Document]) -> dict[str, int]:
+    """Each tensor is whole on every rank, or split along one dimension without a rest."""
+    seen = {"split": 0, "replicated": 0, "bytes": 0}
+    assert all(document.tensors.keys() == whole.tensors.keys() for document in ranks)
+    for name, tensor in whole.tensors.items():
+        shards = [document.tensors[name] for document in ranks]
+        if all(shard["shape"] == tensor["shape"] for shard in shards):
+            seen["replicated"] += 1
+            seen["bytes"] += tensor["size"]
+            continue
+        differing = [
+            dimension
+            for dimension, size in enumerate(tensor["shape"])
+            if any(shard["shape"][dimension] != size for shard in shards)
+        ]
+        assert len(differing) == 1, (name, differing)
+        (dimension,) = differing
+        assert sum(shard["shape"][dimension] for shard in shards) == tensor["shape"][dimension]
+        assert sum(shard["size"] for shard in shards) == tensor["size"], name
+        seen["split"] += 1
+        seen["bytes"] += sum(shard["size"] for shard in shards)
+    assert seen["bytes"] == sum(tensor["size"] for tensor in whole.tensors.values())
+    assert seen["split"] > seen["replicated"] > 0
+    return seen
 
 
 def real_size(config: Mapping[str, Any], *arguments: str) -> Callable[..., None]:
@@ -463,6 +663,7 @@ DEEPSEEK_V3 = {
 CHECKS: dict[str, Callable[..., None]] = {
     "plain": plain,
     "speculative": speculative,
+    "eagle": eagle,
     "online": online,
     "quantised": quantised,
     "serving": serving,
@@ -470,45 +671,58 @@ CHECKS: dict[str, Callable[..., None]] = {
     "llama": real_size(LLAMA_70B),
     "deepseek": real_size(DEEPSEEK_V3),
 }
-ON_ONE_GPU = ("plain", "speculative", "online", "quantised", "llama", "deepseek", "serving")
+ON_ONE_GPU = tuple(name for name in CHECKS if name != "tensor_parallel")
 
 
-def hooked_venv(python: Path, folder: Path) -> Path:
-    """A thin venv over ``python``'s environment with the hook and the probe."""
+def thin_venv(python: Path, folder: Path, prefix: str = "zz") -> Path:
+    """A venv over ``python``'s environment; ``prefix`` sorts the line that leads there."""
     ask = [
         str(python),
         "-c",
         "import json, sys; print(json.dumps([sys.path, sys._base_executable]))",
     ]
-    path, base = json.loads(subprocess.run(ask, check=True, stdout=subprocess.PIPE).stdout)
-    venv = folder / "venv"
-    subprocess.run([base, "-m", "venv", "--without-pip", str(venv)], check=True)
-    purelib = next(venv.glob("lib/python*/site-packages"))
-    # Also what .pth files there have added, which are not read when this one is.
-    sites = [entry for entry in path if "-packages" in entry]
-    (purelib / "zz_shared.pth").write_text("\n".join(sites) + "\n")
+    said = subprocess.run(ask, check=True, stdout=subprocess.PIPE, text=True).stdout
+    path, base = json.loads(said.splitlines()[-1])
+    subprocess.run([base, "-m", "venv", "--without-pip", str(folder)], check=True)
+    purelib = next(folder.glob("lib/python*/site-packages"))
+    # Also what .pth files there have added, which are not read when this one is; not the hook,
+    # where ``python`` is itself such a venv.
+    sites = [
+        entry
+        for entry in path
+        if "-packages" in entry and not Path(entry, "sglang_injector.pth").exists()
+    ]
+    (purelib / f"{prefix}_shared.pth").write_text("\n".join(sites) + "\n")
+    return folder / "bin" / "python"
+
+
+def hooked_venv(python: Path, folder: Path) -> Path:
+    """A thin venv with the hook and the probes."""
+    hooked = thin_venv(python, folder)
+    purelib = next(folder.glob("lib/python*/site-packages"))
     live_probe = ROOT / "tests" / "real_sglang" / "weight_probe.py"
     for probe in (Path(__file__).with_name("byte_probe.py"), live_probe):
         shutil.copy(probe, purelib)
         name = probe.stem
         (purelib / f"{name}.pth").write_text(f"import {name}; {name}.start()\n")
-    hooked = venv / "bin" / "python"
     script = ROOT / "install_sglang_hook_patch.sh"
     subprocess.run([str(script), "--python", str(hooked)], check=True)
     return hooked
+
+
+def make_checkpoint(python: Path, path: Path, seed: int, *options: str) -> None:
+    command = [str(python), "-m", "cpu_sglang.tiny_model", str(path), "--seed", str(seed)]
+    subprocess.run([*command, *MODEL, *options], cwd=ROOT, check=True)
 
 
 def run(python: Path, names: Sequence[str], result: Path | None = None) -> Report:
     """Make two checkpoints and a hooked venv, run the named checks, print them."""
     report = Report()
     folder = Path(tempfile.mkdtemp(prefix="hook-gpu-"))
-    hooked = hooked_venv(python, folder)
-    checkpoints = []
-    for seed in (1, 2):
-        path = folder / f"checkpoint-{seed}"
-        command = [str(hooked), "-m", "cpu_sglang.tiny_model", str(path), "--seed", str(seed)]
-        subprocess.run([*command, *MODEL], cwd=ROOT, check=True)
-        checkpoints.append(path)
+    hooked = hooked_venv(python, folder / "venv")
+    checkpoints = [folder / f"checkpoint-{seed}" for seed in (1, 2)]
+    for seed, path in enumerate(checkpoints, 1):
+        make_checkpoint(hooked, path, seed)
     for name in names:
         print(f"--- {name}", flush=True)
         try:
