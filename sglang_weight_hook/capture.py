@@ -8,9 +8,10 @@ here raises freely; the recorder stands between it and SGLang.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from operator import attrgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, Optional
 
 from . import cuda_driver
@@ -71,10 +72,20 @@ class Row(NamedTuple):
 
 
 class Footprint(NamedTuple):
-    """What `moved` compares: cheap to take again, because it knows where tensors are held."""
+    """What `moved` compares: cheap to take again, because it knows where tensors are held.
 
-    # Attributes that hold tensors, with the position of their module in `_Members.states`.
-    attributes: list[tuple[int, Keys]]
+    Modules are held weakly and told by their position in ``modules``: nothing of the model lives
+    on because of us.
+    """
+
+    modules: list[weakref.ref[Any]]  # that hold tensors or other modules; the model is the first
+    owners: list[int]  # those among them with parameters
+    buffered: list[int]  # those with buffers
+    # Under which name a module is found in which other: three lists of one length.
+    parents: list[int]
+    names: list[str]
+    children: list[int]
+    attributes: list[tuple[int, Keys]]  # those with attributes that hold tensors
     places: Places
 
 
@@ -221,10 +232,13 @@ def _walk_model(model: Any) -> _Walk:
     keys_of: dict[int, Keys] = {}
     # A module's __dict__ begins with torch's own bookkeeping, unless its class sets something
     # before Module.__init__: thousands of times the same entries to step over.
-    internals = sum(name in _MODULE_INTERNALS for name in vars(torch.nn.Module()))
-    # Types, as they are met, that are neither tensors nor, of attributes, can hold any.
+    bookkeeping = list(vars(torch.nn.Module()))
+    skipped = len(bookkeeping) if _MODULE_INTERNALS.issuperset(bookkeeping) else 0
+    # Types of a module's attributes -> names and types of those that are or may hold tensors.
+    # Most modules have the attributes of some other one, and can be passed over by types alone.
+    telling: dict[tuple[type, ...], list[tuple[str, type]]] = {}
+    # Types, as they are met in containers, that are not tensors.
     dull: set[type] = set()
-    dull_inside: set[type] = set()
     # (prefix, module, ids of the modules above it); the children are pushed in reverse, so
     # that modules come off in the order in which named_modules() gives them.
     stack: list[tuple[str, Any, frozenset[int]]] = [("", model, frozenset())]
@@ -244,22 +258,29 @@ def _walk_model(model: Any) -> _Walk:
                 if buffer is not None:
                     buffers.append((prefix + name, buffer))
         keys: list[tuple[str, Any]] = []
-        plain = _MODULE_INTERNALS.issuperset(islice(state, internals))
-        for name, value in islice(state.items(), internals if plain else 0, None):
-            if type(value) in dull:
-                continue
-            if isinstance(value, tensor_type):
+        usual = skipped and next(islice(state, skipped - 1, None), None) == bookkeeping[-1]
+        start = skipped if usual else 0
+        types = tuple(map(type, islice(state.values(), start, None)))
+        holders = telling.get(types)
+        if holders is None or not all(type(state.get(name)) is kind for name, kind in holders):
+            # Also where these types go by other names than they did before.
+            holders = telling[types] = [
+                (name, kind)
+                for name, kind in zip(islice(state, start, None), types)
+                if issubclass(kind, (tensor_type, list, tuple, dict))
+            ]
+        for name, kind in holders:
+            value = state[name]
+            if issubclass(kind, tensor_type):
                 attributes.append((prefix + name, value))
                 keys.append((name, None))
-            elif not isinstance(value, (list, tuple, dict)):
-                dull.add(type(value))
             elif value and name not in _MODULE_INTERNALS:
                 inside = value.values() if isinstance(value, dict) else value
-                if dull_inside.issuperset(map(type, inside)):
+                if dull.issuperset(map(type, inside)):
                     continue
                 for item in inside:
                     if not isinstance(item, tensor_type):
-                        dull_inside.add(type(item))
+                        dull.add(type(item))
                 for key in _keys_inside(value, tensor_type):
                     attributes.append((f"{prefix}{name}.{key}", value[key]))
                     keys.append((name, key))
@@ -500,82 +521,91 @@ def moved(before: Optional[Capture], runner: Any) -> bool:
 
     The quick question after each bucket of a long update.  Parameters, buffers and every
     plain attribute that held a tensor are looked at (some models bind new ``w_kc`` and
-    ``w_vc`` with each bucket); an attribute that holds one for the first time waits for the
-    next full capture, for it has no address yet that could be out of date.
+    ``w_vc`` with each bucket).  An attribute that holds one for the first time, and a module
+    without any that is replaced by one with some, wait for the next full capture: those have no
+    address yet that could be out of date.
     """
-    if before is None or before.footprint is None:
-        return True
-    attributes, places = before.footprint
-    return _places(_members(runner.model), attributes) != places
-
-
-def _footprint(model: Any, walk: _Walk) -> Optional[Footprint]:
-    members = _members(model)
-    keys_of = walk.attributes
-    attributes = [
-        (position, keys_of[id(state)])
-        for position, state in enumerate(members.states)
-        if id(state) in keys_of
-    ]
-    places = _places(members, attributes)
-    return None if places is None else Footprint(attributes, places)
-
-
-class _Members(NamedTuple):
-    """What every module has, level by level.
-
-    A module under several names may be there several times; what is below it is there once.
-    """
-
-    states: list[dict[str, Any]]  # their __dict__s
-    groups: list[dict[str, Any]]  # those of their dicts of parameters and buffers that hold any
+    footprint = before.footprint if before is not None else None
+    return footprint is None or _places(footprint, runner.model) != footprint.places
 
 
 _state_of = attrgetter("__dict__")
+_parameters_of = itemgetter("_parameters")
+_buffers_of = itemgetter("_buffers")
+_modules_of = itemgetter("_modules")
 
 
-def _members(model: Any) -> _Members:
-    states: list[dict[str, Any]] = [model.__dict__]
-    groups = []
-    expanded = set()
-    for state in states:  # which grows meanwhile
-        if state["_parameters"]:
-            groups.append(state["_parameters"])
-        if state["_buffers"]:
-            groups.append(state["_buffers"])
-        children = state["_modules"]
-        if children and id(children) not in expanded:
-            expanded.add(id(children))
-            try:
-                below = list(map(_state_of, children.values()))
-            except AttributeError:  # a child that is None
-                below = [child.__dict__ for child in children.values() if child is not None]
-            states += below
-    return _Members(states, groups)
+def _footprint(model: Any, walk: _Walk) -> Optional[Footprint]:
+    keys_of = walk.attributes
+    footprint = Footprint([], [], [], [], [], [], [], ([], [], []))
+    modules = [model]
+    known = {id(model): 0}
+    try:
+        for position, module in enumerate(modules):  # which grows meanwhile
+            state = module.__dict__
+            if state["_parameters"]:
+                footprint.owners.append(position)
+            if state["_buffers"]:
+                footprint.buffered.append(position)
+            if id(state) in keys_of:
+                footprint.attributes.append((position, keys_of[id(state)]))
+            for name, child in state["_modules"].items():
+                inner = None if child is None else child.__dict__
+                if inner is None or not (
+                    inner["_parameters"]
+                    or inner["_modules"]
+                    or inner["_buffers"]
+                    or id(inner) in keys_of
+                ):
+                    continue
+                below = known.setdefault(id(child), len(modules))
+                if below == len(modules):
+                    modules.append(child)
+                footprint.parents.append(position)
+                footprint.names.append(name)
+                footprint.children.append(below)
+        footprint.modules.extend(map(weakref.ref, modules))
+    except Exception:  # what is no module of torch's making
+        return None
+    places = _places(footprint, model)
+    return None if places is None else footprint._replace(places=places)
 
 
-def _places(members: _Members, attributes: list[tuple[int, Keys]]) -> Optional[Places]:
+def _places(footprint: Footprint, model: Any) -> Optional[Places]:
     """Names, addresses and shapes of all tensors; None where one can't be asked.
 
-    This is what each bucket of an update waits for: all tensors are asked for one thing after
-    the other, without a loop over them in Python.
+    This is what each bucket of an update waits for: all modules and all tensors are asked for
+    one thing after the other, without a loop over them in Python.
     """
     import torch
 
-    states, groups = members
-    held = chain.from_iterable(map(dict.values, groups))
-    tensors = [tensor for tensor in held if tensor is not None]
-    names = list(chain.from_iterable(groups))
+    modules = [reference() for reference in footprint.modules]
+    if modules[0] is not model or None in modules:
+        return None
     try:
+        states = list(map(_state_of, modules))
+        within = list(map(_modules_of, states))
+        held = map(dict.get, map(within.__getitem__, footprint.parents), footprint.names)
+        if not all(map(is_, held, map(modules.__getitem__, footprint.children))):
+            return None  # a module was replaced, or has another name
+        parameters = list(map(_parameters_of, states))
+        buffers = list(map(_buffers_of, states))
+        owners, buffered = footprint.owners, footprint.buffered
+        # Whoever had none has none now.
+        if sum(map(bool, parameters)) != len(owners) or sum(map(bool, buffers)) != len(buffered):
+            return None
+        groups = [*map(parameters.__getitem__, owners), *map(buffers.__getitem__, buffered)]
+        tensors = [t for t in chain.from_iterable(map(dict.values, groups)) if t is not None]
+        names = list(chain.from_iterable(groups))
         shapes: list[Any] = list(map(torch.Tensor.size, tensors))
-        for position, keys in attributes:
+        for position, keys in footprint.attributes:
             state = states[position]
             for name, key in keys:
                 tensor = state[name] if key is None else state[name][key]
                 tensors.append(tensor)
                 shapes.append(tensor.stride())
         addresses = list(map(torch.Tensor.data_ptr, tensors))
-    except Exception:  # fewer modules, a missing attribute, an uninitialised parameter
+    except Exception:  # a missing attribute, an uninitialised parameter
         return None
     # A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
     if 0 in addresses and any(_is_wrapper(t) for t, a in zip(tensors, addresses) if not a):

@@ -13,7 +13,7 @@ settle    the scheduler is built; drafts have re-bound theirs   everything, ``re
 update    may replace any weight                                everything
 stream    one bucket of many, written in place as a rule        the state; all if one moved
 open      begins a session of updates; the lock stays held      nothing (``updating``)
-close     ends it                                               everything
+close     ends it                                               the state; all if one changed
 release   may free the weights' physical memory                 everything, ``released``
 resume    backs the same addresses with fresh memory            everything
 ========  ====================================================  ===========================

@@ -57,6 +57,7 @@ class Tracked:
         self.doubtful: set[str] = set()  # tags that a failed release may have released
         self.settled = False  # whether the engine around the runner is built
         self.updated = False  # whether its weights were changed since they were loaded
+        self.told_updated = False  # whether the published files say so
         self.broken = False  # the last call that wrote weights failed, perhaps half way
         self.problem: Optional[str] = None
 
@@ -141,6 +142,8 @@ class Tracked:
             captured = capturing.known_allocations(
                 self.captured, capturing.capture(runner, footprint=self.settled)
             )
+            # The end of a session may hold what no bucket did, so all was looked at again.
+            self.state_only = self._documents_stand(captured)
         except Exception as error:
             self._lose(f"capture failed: {type(error).__name__}: {error}")
             return
@@ -172,6 +175,7 @@ class Tracked:
                 self._lose(f"no document could be made: {type(error).__name__}: {error}")
             else:
                 self._write_documents(contents)
+                self.told_updated = self.updated
         if self.withdrawn is not None:
             self._write_documents(self._empty_documents(event))
             self.remove(publish.SUMMARY)
@@ -242,6 +246,22 @@ class Tracked:
         """Whether only buckets came in, over a layout document that was written and is there."""
         return self.effects == {"stream"} and self.problem is None and self.slot.has(publish.LAYOUT)
 
+    def _documents_stand(self, captured: Capture) -> bool:
+        """Whether a session of buckets left nothing to tell but that it is over.
+
+        Its values are others, which the state says; a document with checksums says it too.
+        """
+        before = self.captured
+        return (
+            self.effects <= {"open", "stream", "close"}
+            and before is not None
+            and before._replace(footprint=None) == captured._replace(footprint=None)
+            and self.told_updated == self.updated
+            and self.problem is None
+            and not settings.load().checksum
+            and self.slot.has(publish.LAYOUT)
+        )
+
     def _state_after(self) -> str:
         # What faults when touched comes first, then what may be half written.
         if self.residency[WEIGHTS] == RELEASED:
@@ -277,7 +297,9 @@ class Tracked:
         meta = document.weights_meta(captured, self.updated)
         sums = document.total_weight_meta(meta)
         figures, allocator, foreign = self._memory(captured)
-        named = _or_else(None, capturing.parameter_count, runner) if self.starting else None
+        # Once: to count them takes torch half as long as all of this.
+        once_built = self.starting and self.settled
+        named = _or_else(None, capturing.parameter_count, runner) if once_built else None
         layout = document.layout(
             captured,
             regions,

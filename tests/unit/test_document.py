@@ -197,6 +197,8 @@ def test_the_layout_has_every_field_of_the_contract(runner: FakeRunner, maps: Pa
 def test_the_validation_counts_what_the_model_holds(runner: FakeRunner, maps: Path) -> None:
     runner.model.sparse = torch.eye(2).to_sparse()
     load(runner)
+    assert published(maps, publish.LAYOUT)["validation"]["named_parameters"] is None
+    settle()
     validation = published(maps, publish.LAYOUT)["validation"]
     assert validation["expected"] == {"parameter": 4, "buffer": 3, "attribute": 2, "lora": 0}
     assert validation["captured"] == {"parameter": 3, "buffer": 3, "attribute": 1}

@@ -337,6 +337,52 @@ def test_a_session_is_one_event(runner: FakeRunner, maps: Path) -> None:
     assert lock_is_free(maps)
 
 
+def a_session(runner: FakeRunner, during: Callable[[], object] = lambda: None) -> None:
+    event("weight_update_session", "open", [runner])
+    stream(runner, during=during)
+    event("weight_update_session", "close", [runner])
+
+
+def layout_file(maps: Path) -> int:
+    return os.stat(maps / "weight_layout_0.json").st_ino
+
+
+def test_a_session_after_which_all_is_where_it_was_rewrites_only_the_state(
+    runner: FakeRunner, maps: Path
+) -> None:
+    a_session(runner)  # the first one marks the weights as updated
+    assert read(maps, publish.WEIGHTS_META)["0.weight"]["updated"]
+    before, content = layout_file(maps), state_of(maps)["content_generation"]
+    a_session(runner, lambda: runner.model[0].weight.data.fill_(2.0))
+    assert layout_file(maps) == before
+    assert state_of(maps)["content_generation"] == content + 1
+    assert state_of(maps)["state"] == "ready"
+
+
+def test_a_session_that_leaves_a_tensor_where_none_was_publishes_it(
+    runner: FakeRunner, maps: Path
+) -> None:
+    a_session(runner)
+
+    def keep_scales() -> None:
+        runner.model[0].scales = torch.ones(3)
+
+    a_session(runner, keep_scales)
+    assert "0.scales" in layout_of(maps)["tensors"]
+    assert state_of(maps)["event"]["added"] == 1
+
+
+def test_a_session_renews_the_checksums_where_they_are_asked_for(
+    runner: FakeRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(settings.CHECKSUM, "1")
+    settings._settings = None
+    for _ in range(2):
+        a_session(runner, lambda: runner.model[0].weight.data.add_(1.0))
+        layout = layout_of(maps)
+        assert layout["checksums"]["content_generation"] == layout["content_generation"]
+
+
 def test_two_sessions_in_a_row_are_two_events(runner: FakeRunner, maps: Path) -> None:
     for _ in range(2):
         event("weight_update_session", "open", [runner])
