@@ -529,6 +529,17 @@ def moved(before: Optional[Capture], runner: Any) -> bool:
     return footprint is None or _places(footprint, runner.model) != footprint.places
 
 
+def nothing_new(before: Optional[Capture], runner: Any) -> bool:
+    """Whether the model holds no more tensors than in ``before``; of one that has not `moved`.
+
+    Slower than `moved`, faster than a capture: all modules are walked, no tensor is asked.
+    """
+    found = _walk_model(runner.model).tensors
+    return before is not None and all(
+        before.expected.get(kind) == len(named) for kind, named in found.items()
+    )
+
+
 _state_of = attrgetter("__dict__")
 _parameters_of = itemgetter("_parameters")
 _buffers_of = itemgetter("_buffers")

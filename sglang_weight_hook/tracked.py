@@ -133,8 +133,8 @@ class Tracked:
 
     def _look(self, runner: Any) -> None:
         try:
-            if self._layout_stands() and not capturing.moved(self.captured, runner):
-                self.content_generation += 1
+            if self._documents_stand(runner):
+                self.content_generation += self.changed_content
                 self.state_only = True
                 self.state = self._state_after()
                 return
@@ -142,8 +142,6 @@ class Tracked:
             captured = capturing.known_allocations(
                 self.captured, capturing.capture(runner, footprint=self.settled)
             )
-            # The end of a session may hold what no bucket did, so all was looked at again.
-            self.state_only = self._documents_stand(captured)
         except Exception as error:
             self._lose(f"capture failed: {type(error).__name__}: {error}")
             return
@@ -242,25 +240,20 @@ class Tracked:
             theirs.weights.keys() | theirs.lora.keys()
         )
 
-    def _layout_stands(self) -> bool:
-        """Whether only buckets came in, over a layout document that was written and is there."""
-        return self.effects == {"stream"} and self.problem is None and self.slot.has(publish.LAYOUT)
+    def _documents_stand(self, runner: Any) -> bool:
+        """Whether buckets came in and left every tensor where the published documents say.
 
-    def _documents_stand(self, captured: Capture) -> bool:
-        """Whether a session of buckets left nothing to tell but that it is over.
-
-        Its values are others, which the state says; a document with checksums says it too.
+        At the end of a session the prototype's files must say that there was an update, and
+        checksums are of the new values; and SGLang may have made tensors that no bucket had.
         """
-        before = self.captured
-        return (
-            self.effects <= {"open", "stream", "close"}
-            and before is not None
-            and before._replace(footprint=None) == captured._replace(footprint=None)
-            and self.told_updated == self.updated
-            and self.problem is None
-            and not settings.load().checksum
-            and self.slot.has(publish.LAYOUT)
-        )
+        if self.effects - {"open", "stream", "close"} or self.problem is not None:
+            return False
+        closes = "close" in self.effects
+        if closes and (self.told_updated != self.updated or settings.load().checksum):
+            return False
+        if not self.slot.has(publish.LAYOUT) or capturing.moved(self.captured, runner):
+            return False
+        return not closes or capturing.nothing_new(self.captured, runner)
 
     def _state_after(self) -> str:
         # What faults when touched comes first, then what may be half written.
