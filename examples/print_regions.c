@@ -291,7 +291,7 @@ static char *path_of(const char *directory, const char *before, const char *slot
  * since the server replaces files by rename. */
 static char *read_file(const char *path)
 {
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe is not waited for */
     struct stat status;
     if (file < 0 && errno == ENOENT)
         return NULL;
@@ -318,7 +318,7 @@ static char *read_file(const char *path)
 
 static int lock_shared(const char *path)
 {
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file < 0)
         quit(FAILED, "%s: %s (is this the server's weights_metadata directory?)", path,
              strerror(errno));
@@ -338,7 +338,7 @@ static int lock_shared(const char *path)
 /* The publisher holds this lock for life, so being able to take it means that it is gone. */
 static bool owner_lives(const char *path)
 {
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file < 0)
         return false;
     bool lives = flock(file, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;

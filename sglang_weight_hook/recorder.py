@@ -38,7 +38,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 from . import identity, metrics, once, publish, settings
-from .tracked import KV_CACHE, RELEASED, RESIDENT, TAGS, WEIGHTS, Tracked
+from .tracked import KV_CACHE, RELEASED, RESIDENT, TAGS, WEIGHTS, Call, Tracked
 
 EFFECTS = frozenset(
     "load build commit settle update stream open close release resume".split()  # noqa: SIM905
@@ -48,6 +48,7 @@ EFFECTS = frozenset(
 class Event(NamedTuple):
     """One call under way, handed from `begin` to `finish`."""
 
+    call: Call
     kind: str
     effect: str
     details: dict[str, Any]
@@ -67,8 +68,8 @@ class Event(NamedTuple):
 _tracked: dict[int, Tracked] = {}
 # Those whose runner the garbage collector has taken, until the next call reaps them.
 _dead: deque[tuple[int, Tracked]] = deque()
-# How many schedulers are being built in this process.
-_building = 0
+# The calls that build a scheduler, of those under way in this process.
+_building: weakref.WeakSet[Call] = weakref.WeakSet()
 _load_order = itertools.count()
 _mutex = threading.RLock()
 _busy = False  # whether the mutex's owner is at work on what the mutex guards
@@ -101,13 +102,12 @@ def begin(
     process.  ``missing``: entry points that this SGLang lacks, for the state file.
     Returns what `finish` wants to have back.
     """
-    global _building
     if effect not in EFFECTS:
         raise ValueError(f"unknown effect {effect!r}")
-    event = Event(kind, effect, dict(details or {}), list(missing), list(runners), [])
+    event = Event(Call(), kind, effect, dict(details or {}), list(missing), list(runners), [])
     with _exclusive():
         if effect == "settle":
-            _building += 1
+            _building.add(event.call)
         # What a constructor's runners are is known when it has returned.
         if effect not in ("settle", "build"):
             _join(event, _participants(effect, event.named))
@@ -116,11 +116,9 @@ def begin(
 
 def finish(event: Event, result: Any, error: Optional[BaseException]) -> None:
     """It has returned ``result``, or raised ``error``."""
-    global _building
     success, message = outcome(result, error)
     with _exclusive():
-        if event.effect == "settle":
-            _building -= 1
+        _building.discard(event.call)
         if event.effect in ("settle", "build"):
             if error is not None:
                 return
@@ -128,7 +126,7 @@ def finish(event: Event, result: Any, error: Optional[BaseException]) -> None:
         done = []
         for tracked in event.participants:
             changed = _apply(tracked, event, success)
-            if tracked.leave(event.effect, event.opener, success, message, changed):
+            if tracked.leave(event.call, event.effect, event.opener, success, message, changed):
                 done.append(tracked)
         # All are looked at before any is published: each document speaks of its siblings too.
         for tracked in done:
@@ -141,7 +139,7 @@ def _join(event: Event, participants: list[Tracked]) -> None:
     for tracked in participants:
         tracked.missing = event.missing
         event.participants.append(tracked)
-        _guarded(tracked.enter, event.kind, event.effect)
+        _guarded(tracked.enter, event.call, event.kind, event.effect)
 
 
 def outcome(result: Any, error: Optional[BaseException]) -> tuple[bool, Optional[str]]:
@@ -327,9 +325,9 @@ def _after_fork_in_child() -> None:
     The locks belong to open files that the child shares: closing them here leaves them to the
     parent alone, so that its death, not the child's, frees its slots.
     """
-    global _mutex, _building, _busy
+    global _mutex, _busy
     _mutex = threading.RLock()
-    _building = 0
+    _building.clear()
     _busy = False
     _dead.clear()
     for tracked in _tracked.values():

@@ -29,6 +29,16 @@ RESIDENT = "resident"  # RELEASED is the other
 _NO_CHANGES = {"moved": 0, "added": 0, "removed": 0}
 
 
+class Call:
+    """One call of SGLang's, for as long as it is under way.
+
+    Held weakly: a call whose end is never told (an exception out of a signal handler, in one of
+    our own lines) is over when nothing refers to it any more.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
 class Tracked:
     """See the module.  ``siblings`` gives the process's other runners."""
 
@@ -64,8 +74,8 @@ class Tracked:
         self.captured: Optional[Capture] = None
         self.storages = document.Storages({}, {}, {})
 
-        # The event under way: how many calls are inside it, and what they amount to.
-        self.depth = 0
+        # The event under way: the calls inside it, and what they amount to.
+        self.inside: weakref.WeakSet[Call] = weakref.WeakSet()
         self.openers: set[int] = set()  # ids of the runners whose sessions are open
         self.kind = ""
         self.effects: set[str] = set()
@@ -83,10 +93,11 @@ class Tracked:
 
     # -- around SGLang's calls
 
-    def enter(self, kind: str, effect: str) -> None:
+    def enter(self, call: Call, kind: str, effect: str) -> None:
         """A call begins; the outermost takes the lock and says so in the state file."""
-        self.depth += 1
-        if self.depth > 1 or self.openers:
+        is_nested = bool(self.inside or self.openers)
+        self.inside.add(call)
+        if is_nested:
             self.calls += 1
             self.effects.add(effect)
             self.nested[kind] = self.nested.get(kind, 0) + 1
@@ -99,7 +110,13 @@ class Tracked:
         self._write_state(self._event(success=None, finished_at=None, changes={}))
 
     def leave(
-        self, effect: str, opener: int, success: bool, message: Optional[str], changed: bool
+        self,
+        call: Call,
+        effect: str,
+        opener: int,
+        success: bool,
+        message: Optional[str],
+        changed: bool,
     ) -> bool:
         """A call ends; whether that was the last one of the event.
 
@@ -108,14 +125,14 @@ class Tracked:
         self.success = self.success and success
         self.message = message if not success or self.message is None else self.message
         self.changed_content = self.changed_content or changed
-        self.depth -= 1
+        self.inside.discard(call)
         # A session stays open between its two calls; a draft that shares the target's
         # embedding takes part in both runners' sessions, and is done when both are.
         if effect == "open" and success:
             self.openers.add(opener)
         elif effect == "close":
             self.openers.discard(opener)
-        return self.depth == 0 and not self.openers
+        return not self.inside and not self.openers
 
     # -- when the last call has left
 

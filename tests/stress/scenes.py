@@ -423,7 +423,7 @@ def threads_and_forks(directory: str, rounds: int) -> dict[str, Any]:
         statuses = [os.waitpid(pid, 0)[1] for pid in forked]
         for thread in threads:
             thread.join()
-        calm = [player.tracked.depth == 0 and is_true(player) for player in players]
+        calm = [not player.tracked.inside and is_true(player) for player in players]
         for player in players:
             player.move()
     return {

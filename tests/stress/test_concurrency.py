@@ -82,7 +82,6 @@ def test_an_exception_thrown_by_a_signal_handler_leaves_no_lie_behind(
     assert not any(told["wrong"] for told in thrown_into(theatre, tmp_path, is_long))
 
 
-@pytest.mark.xfail(reason="the recorder loses count of the calls under way", strict=True)
 def test_an_exception_thrown_by_a_signal_handler_does_not_end_the_publishing(
     theatre: Theatre, tmp_path: Path, is_long: bool
 ) -> None:

@@ -751,7 +751,7 @@ def test_events_from_several_threads_end_with_a_free_lock_and_agreeing_files(
     assert 2 <= state["content_generation"] <= 61
     assert state["layout_generation"] == layout_of(maps)["layout_generation"] == 1
     assert lock_is_free(maps)
-    assert recorder._tracked[id(runner)].depth == 0
+    assert not recorder._tracked[id(runner)].inside
 
 
 def test_two_calls_that_overlap_in_two_threads_are_one_event(
