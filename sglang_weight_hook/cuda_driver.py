@@ -1,7 +1,8 @@
 """Questions to the CUDA driver that torch does not ask, through ctypes.
 
 Only calls that neither synchronise nor allocate: ``cuMemGetAddressRange``,
-``cuDeviceGetUuid``, ``cuDeviceGetPCIBusId``.  Used only when torch has initialised CUDA in
+``cuPointerGetAttribute``, ``cuMemRetainAllocationHandle``, ``cuDeviceGetUuid``,
+``cuDeviceGetPCIBusId``.  Used only when torch has initialised CUDA in
 this process; without CUDA every question answers None.
 """
 
@@ -69,15 +70,17 @@ def allocations_under(address: int, size: int) -> list[tuple[int, int]]:
 # CUpointer_attribute values (cuda.h).
 _IS_LEGACY_CUDA_IPC_CAPABLE = 10
 
-CUDA_MALLOC, VMM = "cuda_malloc", "vmm"
+CUDA_MALLOC, VMM, IMPORTED = "cuda_malloc", "vmm", "imported"
 
 
 def allocation_kind(address: int) -> Optional[str]:
-    """How the memory at ``address`` was allocated: ``cuda_malloc``, or ``vmm`` (cuMemCreate).
+    """How the memory at ``address`` came to be.
 
-    VMM memory, which expandable segments and the memory saver use, can't be exported with
-    cudaIpcGetMemHandle, and the driver says so (``IS_LEGACY_CUDA_IPC_CAPABLE``).  None when
-    the driver does not know the address.
+    ``cuda_malloc``: cudaMalloc in this process, exportable with cudaIpcGetMemHandle, which the
+    driver says (``IS_LEGACY_CUDA_IPC_CAPABLE``).  ``vmm``: cuMemCreate and cuMemMap, as expandable
+    segments and the memory saver do; such memory has a handle (``cuMemRetainAllocationHandle``),
+    which is given back at once.  ``imported``: neither, so it was opened from another process's
+    cudaIpcGetMemHandle.  None when the driver does not know the address.
     """
     library = _library()
     if library is None:
@@ -90,7 +93,13 @@ def allocation_kind(address: int) -> Optional[str]:
     )
     if status != 0:
         return None
-    return CUDA_MALLOC if capable.value else VMM
+    if capable.value:
+        return CUDA_MALLOC
+    handle = ctypes.c_uint64()
+    if library.cuMemRetainAllocationHandle(ctypes.byref(handle), ctypes.c_uint64(address)) != 0:
+        return IMPORTED
+    library.cuMemRelease(handle)
+    return VMM
 
 
 def device_identity(ordinal: int) -> tuple[Optional[str], Optional[str]]:

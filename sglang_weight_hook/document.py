@@ -158,11 +158,8 @@ def layout(
     validation: Mapping[str, Any],
     checksums: Optional[Mapping[str, Any]],
     now: float,
-    foreign: frozenset[int] = frozenset(),
 ) -> dict[str, Any]:
     """``weight_layout_{slot}.json``.
-
-    ``foreign``: storages that this process's allocator did not make.
 
     ``checksums``: ``algorithm``, ``content_generation``, ``seconds`` and ``by_name``, or None
     where nobody asked.
@@ -181,23 +178,15 @@ def layout(
         "checksums": {key: checksums[key] for key in checksums if key != "by_name"}
         if checksums
         else None,
-        "regions": [_region(captured, region, foreign) for region in regions],
+        "regions": [_region(captured, region) for region in regions],
         "tensors": tensors(captured, by_name),
     }
 
 
-IMPORTED = "imported"  # an allocation of another process's, or of a library's own
-
-
-def _region(
-    captured: Capture, region: Region, foreign: frozenset[int] = frozenset()
-) -> dict[str, Any]:
+def _region(captured: Capture, region: Region) -> dict[str, Any]:
     first = captured.tensors[region.names[0]]
     base, size = region.allocation
     known = (first.storage_ptr, first.storage_size) in captured.allocations
-    kind = captured.allocation_kinds.get(base) if known else None
-    if first.storage_ptr in foreign:
-        kind = IMPORTED
     return {
         "ptr": region.start,
         "size": region.end - region.start,
@@ -205,7 +194,7 @@ def _region(
         "allocation_ptr": base,
         "allocation_size": size,
         "allocation_source": "driver" if known else "storage",
-        "allocation_kind": kind,
+        "allocation_kind": captured.allocation_kinds.get(base) if known else None,
         "tensors": region.names,
     }
 

@@ -306,7 +306,7 @@ class Tracked:
         regions = document.regions_of(captured)
         meta = document.weights_meta(captured, self.updated)
         sums = document.total_weight_meta(meta)
-        figures, allocator, foreign = self._memory(captured)
+        figures, allocator = self._memory(captured)
         # Once: to count them takes torch half as long as all of this.
         once_built = self.starting and self.settled
         named = _or_else(None, capturing.parameter_count, runner) if once_built else None
@@ -320,7 +320,6 @@ class Tracked:
             document.validation(captured, named, allocator),
             _or_else(None, self._checksums, runner, captured),
             now,
-            foreign,
         )
         contents = {
             publish.LAYOUT: layout,
@@ -343,11 +342,8 @@ class Tracked:
             publish.MERGED: [],
         }
 
-    def _memory(
-        self, captured: Capture
-    ) -> tuple[dict[str, Any], Optional[dict[str, int]], frozenset[int]]:
-        """The ``memory`` figures, the allocator's part of ``validation``, and the storages that
-        this process's allocator did not make (imported from another process, as a rule)."""
+    def _memory(self, captured: Capture) -> tuple[dict[str, Any], Optional[dict[str, int]]]:
+        """The ``memory`` figures, and the allocator's part of ``validation``."""
         found = _or_else(None, memory.device, captured.device_type)
         mine = self.storages.all()
         siblings = self.siblings(self)
@@ -359,10 +355,7 @@ class Tracked:
         }
         figures = memory.account(found, *self.storages, theirs, self._released_bytes())
         figures.update(self._shared(siblings))
-        foreign = frozenset(
-            start for start in mine if found is not None and not found.allocator.holds(start)
-        )
-        return figures, memory.reconcile(found, {**theirs, **mine}), foreign
+        return figures, memory.reconcile(found, {**theirs, **mine})
 
     def _released_bytes(self) -> int:
         """Bytes of this slot's storages that have no pages now."""

@@ -537,8 +537,7 @@ def test_a_weight_imported_from_another_process_is_counted_outside_the_allocator
     )
     data = torch.frombuffer(driver.read(published["ptr"], published["span"]), dtype=torch.int32)
     assert torch.equal(data, imported.cpu())
-    # The driver cannot export again what was imported; what it is called is printed with -s.
-    print(f"an imported allocation is called {region['allocation_kind']!r}")
+    assert region["allocation_kind"] == "imported"
     del model.imported, runner, model
 
 

@@ -159,7 +159,8 @@ class Piece(NamedTuple):
 
     start: int
     end: int
-    kind: str  # "vmm", "cuda_malloc", or "" for a hole that the driver knows nothing of
+    # "vmm", "cuda_malloc", "imported", or "" for a hole that the driver knows nothing of
+    kind: str
 
 
 class FakeCuda:
@@ -167,6 +168,7 @@ class FakeCuda:
 
     def __init__(self, arena: int, pieces: list[Piece]) -> None:
         self.arena, self.pieces = arena, pieces
+        self.retained: list[int] = []  # handles not given back
 
     def _at(self, address: Any) -> Piece | None:
         offset = address.value - self.arena
@@ -186,6 +188,18 @@ class FakeCuda:
         if piece is None or attribute.value != 10:  # IS_LEGACY_CUDA_IPC_CAPABLE
             return 1
         data._obj.value = int(piece.kind == "cuda_malloc")
+        return 0
+
+    def cuMemRetainAllocationHandle(self, handle: Any, address: Any) -> int:  # noqa: N802
+        piece = self._at(address)
+        if piece is None or piece.kind != "vmm":
+            return 1
+        handle._obj.value = 1 + piece.start
+        self.retained.append(handle._obj.value)
+        return 0
+
+    def cuMemRelease(self, handle: Any) -> int:  # noqa: N802
+        self.retained.remove(handle.value)
         return 0
 
 
@@ -208,7 +222,7 @@ def memories(draw: st.DrawFn) -> Memory:
     """Tensors over storages at chosen offsets of an arena that is cut into allocations."""
     arena = Arena(ARENA)
     cuts = sorted(draw(st.sets(st.integers(1, ARENA - 1), max_size=6)))
-    kinds = st.sampled_from(["vmm", "vmm", "cuda_malloc", ""])
+    kinds = st.sampled_from(["vmm", "vmm", "cuda_malloc", "imported", ""])
     pieces = [Piece(start, end, draw(kinds)) for start, end in zip([0, *cuts], [*cuts, ARENA])]
     model, spans = nn.Module(), {}
     starts: list[int] = []
@@ -255,6 +269,7 @@ def on_a_fake_gpu(memory: Memory) -> Iterator[int]:
         mock.patch.object(capture_module, "_row", cuda_row),
     ):
         yield address
+    assert library.retained == []
 
 
 Bytes = dict[str, tuple[int, int, int, int]]

@@ -408,19 +408,3 @@ def test_however_slots_share_their_storages_the_sum_counts_each_once(
     assert counted == sum(used.values())
     for figures in documents:
         assert sum(figures[f"{kind}_bytes"] for kind in KINDS) == sum(used.values())
-
-
-def test_a_region_that_the_allocator_did_not_make_is_flagged_as_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The device is a stand-in: it holds the bias in a live block, and not the weight."""
-    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_DIR", str(tmp_path))
-    runner = FakeRunner(nn.Linear(4, 4))
-    start = runner.model.bias.untyped_storage().data_ptr()
-    seen = Device(1 << 30, 1 << 20, Allocator(4096, 4096, [start], [start + 16]))
-    monkeypatch.setattr(memory, "device", lambda device_type: seen)
-    load(runner)
-    (layout,) = tmp_path.rglob("weight_layout_*.json")
-    regions = json.loads(layout.read_text())["regions"]
-    kinds = {region["tensors"][0]: region["allocation_kind"] for region in regions}
-    assert kinds == {"weight": "imported", "bias": None}
