@@ -427,11 +427,15 @@ def quantised(report: Report, python: Path, a: Path, b: Path, folder: Path) -> N
 def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
     """Requests and updates of servers that run side by side, taking turns.
 
-    Without anything, with the hook, and, where ``SEED_PROTOTYPE`` names its folder, with the
-    prototype.  Each figure is compared with the bare server's of the same turn.
+    Two without anything, two with the hook, and, where ``SEED_PROTOTYPE`` names its folder, one
+    with the prototype.  Each figure is compared with the first bare server's of the same turn;
+    the second bare one shows how far two equal servers differ.
     """
     folder.mkdir(parents=True)
-    interpreters = {"without": thin_venv(python, folder / "bare"), "with": python}
+    bare = thin_venv(python, folder / "bare")
+    interpreters = {
+        "without": bare, "with": python, "without, again": bare, "with, again": python
+    }  # fmt: skip
     if prototype := os.environ.get("SEED_PROTOTYPE"):
         # It imports torch when the interpreter starts: what makes torch importable goes first.
         interpreters["prototype"] = thin_venv(python, folder / "prototype", "aa")
@@ -465,9 +469,8 @@ def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> Non
             for _ in range(4):
                 server.generate(max_new_tokens=32)
                 server.generate(max_new_tokens=1)
-        for what, turns in (("32 tokens", 40), ("first token", 100)):
-            tokens = 32 if what == "32 tokens" else 1
-            _take_turns(figures[what], servers, turns, lambda server, _: server.generate(
+        for what, tokens in (("32 tokens", 32), ("first token", 1)):
+            _take_turns(figures[what], servers, 60, lambda server, _: server.generate(
                 max_new_tokens=tokens  # noqa: B023
             ))  # fmt: skip
 
@@ -476,10 +479,10 @@ def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> Non
             status, answer = server.post("/update_weights_from_disk", {"model_path": str(model)})
             assert status == 200, answer
 
-        bare_and_hooked = {name: servers[name] for name in ("without", "with")}
-        for server in bare_and_hooked.values():
+        ours = {name: server for name, server in servers.items() if name != "prototype"}
+        for server in ours.values():
             server.wait_idle()
-        _take_turns(figures["update from disk"], bare_and_hooked, 60, update)
+        _take_turns(figures["update from disk"], ours, 60, update)
         if "prototype" in servers:
             try:
                 servers["prototype"].wait_idle()
@@ -491,10 +494,10 @@ def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> Non
                 print(servers["prototype"].log_tail(40), flush=True)
         for what, times in figures.items():
             with report.check(f"serving: {what}") as seen:
-                bare = times["without"]
-                seen["without"] = f"{statistics.median(bare) * 1e3:.2f} ms"
-                for name in times.keys() - {"without"}:
-                    ratios = [mine / its for mine, its in zip(times[name], bare)]
+                first = times["without"]
+                seen["without"] = f"{statistics.median(first) * 1e3:.2f} ms"
+                for name in [name for name in times if name != "without"]:
+                    ratios = [mine / its for mine, its in zip(times[name], first)]
                     low, middle, high = statistics.quantiles(ratios)
                     seen[name] = (
                         f"{statistics.median(times[name]) * 1e3:.2f} ms, ratio {middle:.3f}"
