@@ -40,8 +40,8 @@ lint: tools ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: tools ## what the hook costs
-	$(BIN)/python benchmarks/startup.py
+bench: tools ## what the hook costs, beside named baselines; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks
 
 tools: $(TOOLS)/stamp
 

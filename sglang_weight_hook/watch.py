@@ -6,6 +6,7 @@ writes on a shared file system, so whoever waits here still looks by itself now 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import struct
@@ -60,6 +61,7 @@ class DirectoryWatch:
         self.path = path
         self._libc = _inotify() if kernel else None
         self._descriptor = -1
+        self._made_for = self._now()
         self._start()
         self._seen = self._look()
 
@@ -87,10 +89,25 @@ class DirectoryWatch:
             if time.monotonic() >= deadline:
                 return False
 
+    def is_fresh(self) -> bool:
+        """Whether it can be used again later: same process, same directory behind the path."""
+        return self._made_for == self._now()
+
+    def _now(self) -> tuple[int, Optional[tuple[int, int]]]:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return os.getpid(), None
+        return os.getpid(), (status.st_dev, status.st_ino)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # half made, or at the interpreter's end
+            self.close()
 
     def __enter__(self) -> DirectoryWatch:
         return self

@@ -91,7 +91,7 @@ def drafts(checkpoint: Callable[..., Path]) -> dict[str, Path]:
 # The lines before 0.5.18 have no draft backend that runs on a CPU.
 CASES = [
     ("0.5.23", "EAGLE"),
-    ("0.5.23", "STANDALONE"),
+    pytest.param(("0.5.23", "STANDALONE"), marks=pytest.mark.matrix),
     pytest.param(("0.5.20", "EAGLE"), marks=pytest.mark.matrix),
     pytest.param(("0.5.18", "EAGLE"), marks=pytest.mark.matrix),
 ]

@@ -6,6 +6,7 @@ import doctest
 import fcntl
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,15 +130,16 @@ def test_readers_never_mix_generations_while_a_writer_replaces_them(
     assert writer.stdout is not None
     assert writer.stdout.readline() == "ready\n"
     slot = open_slot(str(maps), "0")
-    seen = []
-    for _ in range(150):
+    seen: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(seen) < 150 or len(set(seen)) < 10:
+        assert time.monotonic() < deadline, f"the writer got no further than {seen[-1:]}"
         document = slot.read(timeout=60)
         assert {entry["ptr"] for entry in document.tensors.values()} == {document.layout_generation}
         assert len(document.tensors) == 200
         assert document.state["layout_generation"] == document.layout_generation
         seen.append(document.layout_generation)
     assert seen == sorted(seen)
-    assert seen[-1] > seen[0]
 
 
 # --- the owner ----------------------------------------------------------------------------

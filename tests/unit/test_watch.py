@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import os
+import pickle
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_weight_hook import watch
+from sglang_weight_hook.reader import Slot
 from sglang_weight_hook.watch import DirectoryWatch
 
 BOTH = pytest.mark.parametrize("kernel", [True, False], ids=["inotify", "polling"])
@@ -117,3 +119,40 @@ def test_the_examples_of_the_module_hold() -> None:
     result = doctest.testmod(watch)
     assert result.attempted
     assert not result.failed
+
+
+# --- a slot's own watch, kept from one wait to the next ---------------------------------------
+
+
+def descriptors() -> int:
+    """inotify instances that this process has open."""
+    targets = (os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir())
+    return sum("inotify" in target for target in targets)
+
+
+def test_a_slot_keeps_its_watch_and_lets_go_of_it_in_the_end(tmp_path: Path) -> None:
+    before = descriptors()
+    slot = Slot(str(tmp_path), "0")
+    for _ in range(5):
+        assert slot.wait_for_change(timeout=0.0) is None
+    assert descriptors() == before + 1
+    again = pickle.loads(pickle.dumps(slot))
+    assert (again.directory, again.name) == (slot.directory, slot.name)
+    del slot
+    assert descriptors() == before
+
+
+def test_a_slot_whose_directory_was_replaced_watches_the_new_one(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    slot = Slot(str(maps), "0")
+    assert slot.wait_for_change(timeout=0.0) is None
+    maps.rename(tmp_path / "old")
+    maps.mkdir()
+    assert slot.wait_for_change(timeout=0.0) is None
+    with slot._watching() as waiting:
+        while waiting.wait(0.0):
+            pass
+        replace(maps / "state.json", "1")
+        assert waiting.kernel
+        assert waiting.wait(5.0)
