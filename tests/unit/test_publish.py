@@ -89,7 +89,7 @@ def test_a_document_can_be_read_by_others_and_written_by_the_owner_alone(
 
 
 @pytest.mark.parametrize("target", ["victim", "nowhere"])
-@pytest.mark.parametrize("planted", ["weight_state_0.json", TEMPORARY])
+@pytest.mark.parametrize("planted", ["weight_state_0.json", TEMPORARY], ids=["final", "temporary"])
 def test_a_planted_link_is_replaced_and_never_followed(
     planted: str, target: str, slot: Slot, maps: Path, tmp_path: Path
 ) -> None:
