@@ -463,7 +463,7 @@ def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> Non
                     raise
                 print(f"the prototype's server did not start: {str(error)[-1500:]}", flush=True)
         figures: dict[str, dict[str, list[float]]] = {
-            "32 tokens": {}, "first token": {}, "update from disk": {}
+            "32 tokens": {}, "first token": {}, "16 requests at once": {}, "update from disk": {}
         }  # fmt: skip
         for server in servers.values():
             for _ in range(4):
@@ -473,6 +473,14 @@ def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> Non
             _take_turns(figures[what], servers, 60, lambda server, _: server.generate(
                 max_new_tokens=tokens  # noqa: B023
             ))  # fmt: skip
+        with ThreadPoolExecutor(16) as clients:
+
+            def burst(server: GpuServer, _: int) -> None:
+                list(clients.map(lambda _: server.generate(max_new_tokens=32), range(16)))
+
+            for server in servers.values():
+                burst(server, 0)
+            _take_turns(figures["16 requests at once"], servers, 30, burst)
 
         def update(server: GpuServer, turn: int) -> None:
             model = (b, a)[turn % 2]
@@ -496,6 +504,10 @@ def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> Non
             with report.check(f"serving: {what}") as seen:
                 first = times["without"]
                 seen["without"] = f"{statistics.median(first) * 1e3:.2f} ms"
+                if what == "16 requests at once":
+                    seen["requests per second"] = {
+                        name: round(16 / statistics.median(mine), 1) for name, mine in times.items()
+                    }
                 for name in [name for name in times if name != "without"]:
                     ratios = [mine / its for mine, its in zip(times[name], first)]
                     low, middle, high = statistics.quantiles(ratios)
