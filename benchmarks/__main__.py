@@ -13,7 +13,7 @@ from . import baselines, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
-MODULES = ("imports", "capturing", "streaming", "reading", "residence", "fleet")
+MODULES = ("imports", "capturing", "streaming", "reading", "residence", "fleet", "serving")
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import socket
@@ -32,9 +33,14 @@ def main() -> int:
         probe.bind(("127.0.0.1", 0))
         store_port = probe.getsockname()[1]
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    # Small buckets, so that a tiny model takes several.
-    os.environ.setdefault("PS_MAX_BUCKET_SIZE_GB", "0.0005")
     engine: Any = importlib.import_module("checkpoint_engine.ps")
+    arguments = {"master_port": store_port, "mem_fraction": 0.05}
+    if arguments.keys() <= inspect.signature(engine.ParameterServer.__init__).parameters.keys():
+        # Small buckets, so that a tiny model takes several.
+        os.environ.setdefault("PS_MAX_BUCKET_SIZE_GB", "0.0005")
+    else:  # 0.1: the port in a variable (it takes the next one), whole gigabytes, no group made
+        os.environ.update(MASTER_PORT=str(store_port - 1), PS_MAX_BUCKET_SIZE_GB="1")
+        arguments = {"auto_pg": True}
     answers: list[Any] = []
 
     def ask(sockets: list[tuple[str, str]]) -> None:
@@ -46,7 +52,7 @@ def main() -> int:
         with urllib.request.urlopen(request, timeout=120) as response:
             answers.append(json.loads(response.read()))
 
-    server = engine.ParameterServer(master_port=store_port, mem_fraction=0.05)
+    server = engine.ParameterServer(**arguments)
     name = options.checkpoint.name
     files = [str(path) for path in sorted(options.checkpoint.glob("*.safetensors"))]
     server.register_checkpoint(name, files=files)

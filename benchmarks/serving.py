@@ -1,0 +1,122 @@
+"""What requests cost a real SGLang server on this CPU, with the hook and without."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from cpu_sglang.environment import ensure_environment
+from cpu_sglang.server import Server
+from tests.real_sglang.hooked import make_checkpoint, make_venv
+
+from . import table
+from .measure import Sample, ratios
+from .table import Line, Section
+
+KINDS = ("without", "with", "without, again", "with, again")
+AT_ONCE = 16
+TOKENS = 16
+UPDATE = "/update_weights_from_disk"
+
+
+def measure(quick: bool) -> Section:
+    rounds = 8 if quick else 60
+    environment = ensure_environment()
+    lines: list[Line] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serving-")))
+        models = [make_checkpoint(environment, folder / str(seed), seed) for seed in (1, 2)]
+        hooked = make_venv(folder / "hooked", environment)
+        servers: dict[str, Server] = {}
+        for kind in KINDS:
+            cwd = folder / kind
+            cwd.mkdir()
+            command = [str(hooked)] if kind.startswith("with,") or kind == "with" else None
+            server = Server(
+                environment,
+                models[0],
+                cwd=cwd,
+                log_path=cwd / "log",
+                command=[*command, "-m", "sglang.launch_server"] if command else None,
+            )
+            servers[kind] = stack.enter_context(server)
+            # The others stand still while one works: an idle scheduler polls.
+            stack.callback(_signal, server, signal.SIGCONT)
+            _signal(server, signal.SIGSTOP)
+        published = {kind: bool(list((folder / kind).glob("*/weight_state_*"))) for kind in KINDS}
+        assert published == {kind: kind.startswith("with") and "out" not in kind for kind in KINDS}
+        clients = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
+
+        def burst(server: Server, _: int) -> None:
+            list(clients.map(lambda _: server.generate(max_new_tokens=TOKENS), range(AT_ONCE)))
+
+        def update(server: Server, turn: int) -> None:
+            status, answer = server.post(UPDATE, {"model_path": str(models[turn % 2])})
+            assert status == 200, answer
+
+        for what, act, least in (
+            (f"{AT_ONCE} requests of {TOKENS} tokens at once", burst, rounds),
+            ("update from disk, 24 tensors", update, rounds),
+        ):
+            wall: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            for turn in range(-2, least):  # two to warm up
+                for step in range(len(KINDS)):
+                    kind = KINDS[(turn + step) % len(KINDS)]
+                    with _running(servers[kind]) as server:
+                        began, used = time.perf_counter(), _cpu_seconds(server)
+                        act(server, turn)
+                        if turn >= 0:
+                            wall[kind].append(time.perf_counter() - began)
+                            cpu[kind].append(_cpu_seconds(server) - used)
+            for clock, values in (("CPU of all its processes", cpu), ("wall", wall)):
+                samples = {kind: Sample(each) for kind, each in values.items()}
+                for kind in KINDS[1:]:
+                    lines.append(
+                        Line(
+                            f"{what}: {kind}, {clock}",
+                            table.timing(samples[kind]),
+                            f"without: {table.timing(samples['without'])}",
+                            table.times(ratios(samples[kind], samples["without"]), 3),
+                        )
+                    )
+    return Section("Requests to a real server", lines, HOW, LIMITS)
+
+
+@contextmanager
+def _running(server: Server) -> Iterator[Server]:
+    _signal(server, signal.SIGCONT)
+    try:
+        yield server
+    finally:
+        _signal(server, signal.SIGSTOP)
+
+
+def _signal(server: Server, number: int) -> None:
+    if server.alive:
+        os.killpg(server.pid, number)
+
+
+def _cpu_seconds(server: Server) -> float:
+    """Of all threads of all processes of the server, from /proc/PID/task/TID/schedstat."""
+    total = 0
+    for pid in server.group_pids():
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += int(task.joinpath("schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+HOW = """\
+Four servers of SGLang on this CPU with a tiny model, two with the hook and two without, the
+others stopped (SIGSTOP) while one works; the order rotates. Every ratio is to the first server
+without the hook; the second one without it shows how far two equal servers differ."""
+LIMITS = """\
+The hook wraps no method that a request goes through, so the true ratio of the first rows is 1
+and what they show is the noise. An update captures and publishes once more, which depends on the
+number of tensors and not on their size; a server's own update reads the whole checkpoint."""
