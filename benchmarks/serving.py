@@ -19,7 +19,8 @@ from . import table
 from .measure import Sample, ratios
 from .table import Line, Section
 
-KINDS = ("without", "with", "without, again", "with, again")
+# Whether it has the hook.
+KINDS = {"without": False, "with": True, "without, again": False, "with, again": True}
 AT_ONCE = 16
 TOKENS = 16
 UPDATE = "/update_weights_from_disk"
@@ -34,23 +35,23 @@ def measure(quick: bool) -> Section:
         models = [make_checkpoint(environment, folder / str(seed), seed) for seed in (1, 2)]
         hooked = make_venv(folder / "hooked", environment)
         servers: dict[str, Server] = {}
-        for kind in KINDS:
+        for kind, has_hook in KINDS.items():
             cwd = folder / kind
             cwd.mkdir()
-            command = [str(hooked)] if kind.startswith("with,") or kind == "with" else None
+            python = hooked if has_hook else environment.python
             server = Server(
                 environment,
                 models[0],
                 cwd=cwd,
                 log_path=cwd / "log",
-                command=[*command, "-m", "sglang.launch_server"] if command else None,
+                command=[str(python), "-m", "sglang.launch_server"],
             )
             servers[kind] = stack.enter_context(server)
             # The others stand still while one works: an idle scheduler polls.
             stack.callback(_signal, server, signal.SIGCONT)
             _signal(server, signal.SIGSTOP)
-        published = {kind: bool(list((folder / kind).glob("*/weight_state_*"))) for kind in KINDS}
-        assert published == {kind: kind.startswith("with") and "out" not in kind for kind in KINDS}
+        published = {kind: any((folder / kind).glob("*/weight_state_*")) for kind in KINDS}
+        assert published == KINDS, published
         clients = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
 
         def burst(server: Server, _: int) -> None:
@@ -60,15 +61,15 @@ def measure(quick: bool) -> Section:
             status, answer = server.post(UPDATE, {"model_path": str(models[turn % 2])})
             assert status == 200, answer
 
-        for what, act, least in (
-            (f"{AT_ONCE} requests of {TOKENS} tokens at once", burst, rounds),
-            ("update from disk, 24 tensors", update, rounds),
+        for what, act in (
+            (f"{AT_ONCE} requests of {TOKENS} tokens at once", burst),
+            ("update from disk, 24 tensors", update),
         ):
             wall: dict[str, list[float]] = {kind: [] for kind in KINDS}
             cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            for turn in range(-2, least):  # two to warm up
-                for step in range(len(KINDS)):
-                    kind = KINDS[(turn + step) % len(KINDS)]
+            for turn in range(-2, rounds):  # two to warm up
+                shift = turn % len(KINDS)
+                for kind in (names := list(KINDS))[shift:] + names[:shift]:
                     with _running(servers[kind]) as server:
                         began, used = time.perf_counter(), _cpu_seconds(server)
                         act(server, turn)
@@ -77,7 +78,7 @@ def measure(quick: bool) -> Section:
                             cpu[kind].append(_cpu_seconds(server) - used)
             for clock, values in (("CPU of all its processes", cpu), ("wall", wall)):
                 samples = {kind: Sample(each) for kind, each in values.items()}
-                for kind in KINDS[1:]:
+                for kind in list(KINDS)[1:]:
                     lines.append(
                         Line(
                             f"{what}: {kind}, {clock}",
