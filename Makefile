@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TOOLS := .cache/tools
 BIN := $(TOOLS)/bin
+# Tests side by side.  A real server wants a core and 2 GB.
+JOBS ?= 2
 
 .PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-gpu stress lint bench tools clean
 
@@ -12,19 +14,19 @@ help: ## list these targets
 demo: ## a real SGLang on this CPU, hooked: install, launch, read the map, update, uninstall
 	@$(PYTHON) -m demo
 
-test: lint test-unit test-install test-real ## everything CI runs (some 10 minutes; the first run installs SGLang)
+test: lint test-unit test-install test-stress test-real ## everything CI runs (some 10 minutes; the first run installs SGLang)
 
 test-unit: tools ## the parts, with real tensors and real processes
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n $(JOBS) tests/unit
 
 test-install: tools ## install and uninstall in fresh venvs of every Python found
-	$(BIN)/python -m pytest -q tests/install
+	$(BIN)/python -m pytest -q -n $(JOBS) tests/install
 
 test-stress: tools ## faults, kills and lies, in the short form
-	$(BIN)/python -m pytest -q tests/stress
+	$(BIN)/python -m pytest -q -n $(JOBS) tests/stress
 
 test-real: tools ## real SGLang servers on the CPU
-	$(BIN)/python -m pytest -q tests/real_sglang -m "not matrix"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests/real_sglang -m "not matrix"
 
 test-matrix: tools ## a real server of every SGLang line (some 25 minutes); writes docs/sglang-support.table.md
 	MATRIX_TABLE=docs/sglang-support.table.md $(BIN)/python -m pytest -q -s tests/real_sglang/test_matrix.py
