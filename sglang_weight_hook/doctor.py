@@ -17,6 +17,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple, Optional
 
 from . import __version__, settings
@@ -164,7 +165,20 @@ def _door(distribution: importlib.metadata.Distribution) -> dict[str, Any]:
 
 
 def _is_active() -> bool:
-    return any(type(finder).__module__ == LOADER for finder in sys.meta_path)
+    return any(map(_is_ours, sys.meta_path))
+
+
+def _is_ours(finder: object) -> bool:
+    return type(finder).__module__ == LOADER
+
+
+def _in_front() -> list[str]:
+    """The finders that are asked before ours."""
+    classes = [
+        finder if isinstance(finder, type) else type(finder)
+        for finder in takewhile(lambda finder: not _is_ours(finder), sys.meta_path)
+    ]
+    return [f"{found.__module__}.{found.__qualname__}" for found in classes]
 
 
 def _has_file(folder: str, name: str) -> bool:
@@ -178,6 +192,12 @@ def _active(data: dict[str, Any]) -> Iterator[Fact]:
     data["hook"]["loader"] = getattr(module, "__file__", None)
     if active:
         yield Fact("Active", GOOD, f"yes, it waits for SGLang ({data['hook']['loader']})")
+        data["hook"]["finders_in_front"] = _in_front()
+        for name in data["hook"]["finders_in_front"]:
+            text = f"{name} is asked first; a module of SGLang that it finds itself is not hooked"
+            yield Fact(
+                "Active", NOTE, f"{text} (from 0.5.11 on SGLang's plugin door makes up for it)"
+            )
     elif os.environ.get(OFF_SWITCH) == "0":
         yield Fact("Active", BAD, f"no: {OFF_SWITCH}=0 switches it off; unset that")
     elif module is not None:

@@ -190,6 +190,27 @@ def test_an_active_hook_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.data["hook"]["loader"] == sglang_patch_loader.__file__
 
 
+def test_a_finder_that_is_asked_first_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK", "1")
+    import sglang_patch_loader
+
+    class Tracer:
+        @staticmethod
+        def find_spec(*_: object) -> None:
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    sglang_patch_loader.uninstall()
+    sglang_patch_loader.install()
+    assert doctor.diagnose().data["hook"]["finders_in_front"] == []
+    sys.meta_path.insert(0, Tracer)
+    sys.meta_path.append(Tracer())
+    found = doctor.diagnose()
+    assert found.data["hook"]["finders_in_front"] == [f"{__name__}.{Tracer.__qualname__}"]
+    (text,) = texts(found, "Active", NOTE)
+    assert "Tracer is asked first" in text
+
+
 DIAGNOSE = """
 import json, sys
 from sglang_weight_hook import doctor
