@@ -234,6 +234,7 @@ def _walk_model(model: Any) -> _Walk:
     # before Module.__init__: thousands of times the same entries to step over.
     bookkeeping = list(vars(torch.nn.Module()))
     skipped = len(bookkeeping) if _MODULE_INTERNALS.issuperset(bookkeeping) else 0
+    last, before_last = bookkeeping[-1], len(bookkeeping) - 1
     # Types of a module's attributes -> names and types of those that are or may hold tensors.
     # Most modules have the attributes of some other one, and can be passed over by types alone.
     telling: dict[tuple[type, ...], list[tuple[str, type]]] = {}
@@ -257,18 +258,19 @@ def _walk_model(model: Any) -> _Walk:
             for name, buffer in group.items():
                 if buffer is not None:
                     buffers.append((prefix + name, buffer))
-        keys: list[tuple[str, Any]] = []
-        usual = skipped and next(islice(state, skipped - 1, None), None) == bookkeeping[-1]
-        start = skipped if usual else 0
+        start = skipped if next(islice(state, before_last, None), None) == last else 0
         types = tuple(map(type, islice(state.values(), start, None)))
         holders = telling.get(types)
-        if holders is None or not all(type(state.get(name)) is kind for name, kind in holders):
+        if holders is None or (
+            holders and not all(type(state.get(name)) is kind for name, kind in holders)
+        ):
             # Also where these types go by other names than they did before.
             holders = telling[types] = [
                 (name, kind)
                 for name, kind in zip(islice(state, start, None), types)
                 if issubclass(kind, (tensor_type, list, tuple, dict))
             ]
+        keys: list[tuple[str, Any]] = []
         for name, kind in holders:
             value = state[name]
             if issubclass(kind, tensor_type):
