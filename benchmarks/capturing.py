@@ -170,11 +170,13 @@ are written. The floor reads the prototype's five fields of `named_parameters()`
 with orjson once, to nowhere. SGLang's own code runs in SGLang's environment, beside the hook in
 that same process; its transfer engine does nothing."""
 LIMITS = """\
-Not one of these is within reach of the floor, because the floor does less: it sees parameters
-only. At 3 118 tensors about a third of the time is the walk over every attribute of 7 800
-modules, which finds what `named_parameters` does not (MLA's `w_kc` and `w_vc`, scales); a sixth
-is torch's own count of parameters, asked to hold ours against it (by itself 60 % of the floor);
-a sixth is asking each tensor for twelve things instead of five; a third is making and writing
-five documents. On a CPU every tensor is a region of its own, which doubles the last; a GPU's
-allocator puts many into one. To be 5 times faster than the prototype would mean to be 2 times
-faster than the floor itself. A load takes tens of seconds; this is a thousandth of it."""
+None of these is within reach of the floor, because the floor does less: it sees parameters only
+and writes nothing. Of the time at 3 118 tensors about a third is the walk over every attribute of
+7 800 modules, which finds what `named_parameters` does not (MLA's `w_kc` and `w_vc`, scales); a
+sixth is noting where tensors are held, so that later buckets can be asked cheaply; a seventh is
+asking each tensor for twelve things instead of five; a third is making and writing five documents,
+three of them the prototype's. On a CPU every tensor is a region of its own, which doubles the last;
+a GPU's allocator puts many into one. The prototype takes twice the floor itself: five times faster
+than that would be faster than the floor, by more than a factor of two. The fixed part is the claim
+of the slot and six files.
+A load takes tens of seconds; this is a thousandth of it."""

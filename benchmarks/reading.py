@@ -113,7 +113,8 @@ HOW = """\
 uses the standard library alone, so `json.loads` stands beside it). Look-ups are of random
 addresses inside random tensors, after the first."""
 LIMITS = """\
-Opening is the standard library's parse, 1.8 x orjson's, then one typed object for each tensor
-and the index over them, which the first look-up builds. A look-up is two bisections in C and a
-handful of Python calls around each hit: the element's index, the `Hit`, the sorting. A bare
-`bisect` over 100 000 addresses takes 1.4 µs here, most of it waiting for memory."""
+Opening is the standard library's parse, 1.8 x orjson's, and the index, which the first look-up
+builds from two numbers of each tensor; typed objects are made of those that are asked for. A
+look-up is one bisection, the division of an offset by the strides, and the `Hit`: some 2 µs in a
+small document. Among 100 000 tensors it waits for memory, for each tensor that is asked about lies
+elsewhere; the bare `bisect` takes 0.7 µs of it."""

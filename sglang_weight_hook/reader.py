@@ -26,8 +26,11 @@ import re
 import socket
 import stat
 import time
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Optional, TypeVar, Union
 
 from . import identity, publish, settings
@@ -246,9 +249,12 @@ class SpanIndex(Generic[Item]):
     def __init__(self, spans: Iterable[tuple[int, int, Item]]) -> None:
         """``spans``: ``(start, end, item)``, ``end`` exclusive."""
         ordered = sorted((span for span in spans if span[0] < span[1]), key=lambda s: s[:2])
-        self._starts = [start for start, _, _ in ordered]
+        # Not a list: the bisection would wait for the memory of one integer after the other.
+        self._starts = array("Q", [start for start, _, _ in ordered])
         self._ends = [end for _, end, _ in ordered]
         self._items = [item for _, _, item in ordered]
+        # How far the spans up to each one reach: what ends there cannot cover what lies behind.
+        self._reach = [0, *accumulate(self._ends, max)]
         # _furthest[k][i]: which of the spans i .. i + 2**k - 1 ends last.  Two look-ups answer
         # that for any range, so each hit found costs a constant.
         self._furthest = [list(range(len(ordered)))]
@@ -260,8 +266,13 @@ class SpanIndex(Generic[Item]):
 
     def at(self, address: int) -> list[Item]:
         """The items of all spans that cover ``address``, by start address."""
+        behind = bisect_right(self._starts, address)
+        if self._reach[behind] <= address:
+            return []
+        if self._reach[behind - 1] <= address:
+            return [self._items[behind - 1]]
         found = []
-        ranges = [(0, bisect_right(self._starts, address))]
+        ranges = [(0, behind)]
         while ranges:
             low, high = ranges.pop()
             if low >= high:
@@ -360,8 +371,9 @@ class Document:
         self.raw = raw
         self.state = state
         self.is_live = is_live
-        self._tensors: Optional[dict[str, Tensor]] = None
-        self._by_address: Optional[SpanIndex[Tensor]] = None
+        # Typed objects, made of the published ones when they are asked for.
+        self._typed: dict[str, Tensor] = {}
+        self._by_address: Optional[SpanIndex[str]] = None
         self._regions_by_address: Optional[SpanIndex[Region]] = None
 
     @property
@@ -406,14 +418,13 @@ class Document:
 
     def iter_tensors(self) -> Iterator[Tensor]:
         """Every tensor, in the model's order.  Raises HookError."""
-        return iter(self._parsed().values())
+        return map(self._tensor, self.tensors)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, canonical or alias.  Raises HookError."""
-        tensors = self._parsed()
-        if name in tensors:
-            return tensors[name]
-        for tensor in tensors.values():
+        if name in self.tensors:
+            return self._tensor(name)
+        for tensor in self.iter_tensors():
             if name in tensor.aliases:
                 return tensor
         raise HookError(
@@ -442,16 +453,31 @@ class Document:
         every further one takes O(log n + hits).  Raises HookError.
         """
         if self._by_address is None:
-            self._by_address = SpanIndex(
-                (tensor.ptr, tensor.end, tensor) for tensor in self.iter_tensors() if tensor.ptr
-            )
-        hits = []
-        for tensor in self._by_address.at(address):
-            offset = address - tensor.ptr
-            element = tensor.index_of(address)
-            byte = None if element is None else offset % tensor.itemsize
-            hits.append(Hit(tensor, offset, element, byte))
-        return sorted(hits, key=lambda hit: (not hit.holds, hit.tensor.span))
+            self._by_address = SpanIndex(self._spans())
+        hits = [self._hit(name, address) for name in self._by_address.at(address)]
+        if len(hits) > 1:
+            hits.sort(key=lambda hit: (not hit.holds, hit.tensor.span))
+        return hits
+
+    def _spans(self) -> Iterator[tuple[int, int, str]]:
+        """From where to where each tensor reaches, without making an object of each."""
+        for name, raw in self.tensors.items():
+            ptr, span = (raw.get("ptr"), raw.get("span")) if isinstance(raw, dict) else (None, None)
+            if not (_is_size(ptr) and _is_size(span)):
+                tensor = self._tensor(name)  # has no span of its own, or raises HookError
+                ptr, span = tensor.ptr, tensor.span
+            if ptr:
+                yield ptr, ptr + span, name
+
+    def _hit(self, name: str, address: int) -> Hit:
+        tensor = self._typed.get(name) or self._tensor(name)
+        offset = address - tensor.ptr
+        itemsize = tensor.itemsize
+        if not itemsize:
+            return Hit(tensor, offset, None, None)
+        number, byte = divmod(offset, itemsize)
+        element = _index(tensor.shape, tensor.stride, number)
+        return Hit(tensor, offset, element, None if element is None else byte)
 
     def region_at(self, address: int) -> Optional[Region]:
         """The region that covers ``address``, if any.  Raises HookError."""
@@ -482,10 +508,11 @@ class Document:
         state = self.slot._state_if_any()
         return state is not None and _process(state) == _process(self.state)
 
-    def _parsed(self) -> dict[str, Tensor]:
-        if self._tensors is None:
-            self._tensors = {name: Tensor.from_raw(name, raw) for name, raw in self.tensors.items()}
-        return self._tensors
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._typed.get(name)
+        if tensor is None:
+            tensor = self._typed[name] = Tensor.from_raw(name, self.tensors[name])
+        return tensor
 
     def _where(self) -> str:
         return self.slot.path(publish.LAYOUT)
@@ -849,14 +876,9 @@ def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _itemsize(shape: tuple[int, ...], size: int) -> int:
-    if 0 in shape:
-        return 0
-    count = 1
-    for length in shape:
-        count *= length
-        if count > size:  # no tensor; and of a lie the product may not fit into memory
-            return 0
-    return size // count if size % count == 0 else 0
+    count = prod(shape)
+    # Larger than its bytes is no tensor.
+    return size // count if 0 < count <= size and size % count == 0 else 0
 
 
 def _index(
@@ -867,6 +889,16 @@ def _index(
     The widest stride goes first.  Where dimensions do not overlap at most one number fits
     each; where they do (as_strided, unfold) the others are tried in turn.
     """
+    plain = []  # dimensions from the widest to the narrowest, as nearly all tensors have them
+    left = element
+    for length, step in zip(shape, stride):
+        steps, left = divmod(left, step) if step else (0, left)
+        if steps >= length:
+            break
+        plain.append(steps)
+    else:
+        if not left:
+            return tuple(plain)
     dimensions = sorted(
         (k for k in range(len(shape)) if stride[k] and shape[k] > 1), key=lambda k: -stride[k]
     )
