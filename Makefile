@@ -14,7 +14,7 @@ help: ## list these targets
 demo: ## a real SGLang on this CPU, hooked: install, launch, read the map, update, uninstall
 	@$(PYTHON) -m demo
 
-test: lint test-unit test-install test-stress test-real ## everything CI runs (some 10 minutes; the first run installs SGLang)
+test: lint test-unit test-install test-stress test-real ## everything CI runs (some 15 minutes; the first run installs SGLang)
 
 test-unit: tools ## the parts, with real tensors and real processes
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/unit

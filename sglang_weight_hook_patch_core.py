@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -459,7 +460,12 @@ def _exists_on_disk(module: str) -> bool:
         if loaded is not None:
             path = getattr(loaded, "__path__", None)
             continue
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        try:
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+        except KeyError:
+            # A namespace package (PEP 420) asks for its parent, which is not imported yet.
+            path = [os.path.join(folder, part) for folder in path or sys.path]
+            continue
         if spec is None:
             return False
         path = spec.submodule_search_locations

@@ -15,6 +15,11 @@ def main() -> int:
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
+        if sys.argv[1:] in (["doctor"], ["doctor", "--json"]):
+            # Asked in the environment that serves, which has no reason to hold typer.
+            from . import doctor
+
+            return doctor.say_plainly("--json" in sys.argv)
         remedy = (
             "pip install 'sglang-weight-hook[cli]'"
             if sys.version_info >= (3, 10)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
-from operator import attrgetter, is_, itemgetter
+from itertools import chain, islice, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, NamedTuple, Optional
 
 from . import cuda_driver
@@ -50,8 +50,8 @@ _MODULE_INTERNALS = frozenset(
 # The plain attributes of a module that hold tensors: the attribute's name, and a key inside it
 # where it is a list, tuple or dict.
 Keys = tuple[tuple[str, Any], ...]
-# Of all tensors, in one order: names, addresses and shapes (of attributes: strides).
-Places = tuple[list[str], list[int], list[Any]]
+# Of all tensors, in one order: names, addresses, shapes, strides and dtypes.
+Places = tuple[list[str], list[int], list[Any], list[Any], list[Any]]
 
 
 class Row(NamedTuple):
@@ -234,7 +234,7 @@ def _walk_model(model: Any) -> _Walk:
     # before Module.__init__: thousands of times the same entries to step over.
     bookkeeping = list(vars(torch.nn.Module()))
     skipped = len(bookkeeping) if _MODULE_INTERNALS.issuperset(bookkeeping) else 0
-    last, before_last = bookkeeping[-1], len(bookkeeping) - 1
+    first, last, before_last = bookkeeping[0], bookkeeping[-1], len(bookkeeping) - 1
     # Types of a module's attributes -> names and types of those that are or may hold tensors.
     # Most modules have the attributes of some other one, and can be passed over by types alone.
     telling: dict[tuple[type, ...], list[tuple[str, type]]] = {}
@@ -258,7 +258,11 @@ def _walk_model(model: Any) -> _Walk:
             for name, buffer in group.items():
                 if buffer is not None:
                     buffers.append((prefix + name, buffer))
-        start = skipped if next(islice(state, before_last, None), None) == last else 0
+        usual = (
+            next(iter(state), None) == first
+            and next(islice(state, before_last, None), None) == last
+        )
+        start = skipped if usual else 0
         types = tuple(map(type, islice(state.values(), start, None)))
         holders = telling.get(types)
         if holders is None or (
@@ -542,6 +546,7 @@ def nothing_new(before: Optional[Capture], runner: Any) -> bool:
     )
 
 
+_dtype_of = attrgetter("dtype")
 _state_of = attrgetter("__dict__")
 _parameters_of = itemgetter("_parameters")
 _buffers_of = itemgetter("_buffers")
@@ -550,7 +555,7 @@ _modules_of = itemgetter("_modules")
 
 def _footprint(model: Any, walk: _Walk) -> Optional[Footprint]:
     keys_of = walk.attributes
-    footprint = Footprint([], [], [], [], [], [], [], ([], [], []))
+    footprint = Footprint([], [], [], [], [], [], [], ([], [], [], [], []))
     modules = [model]
     known = {id(model): 0}
     try:
@@ -585,7 +590,7 @@ def _footprint(model: Any, walk: _Walk) -> Optional[Footprint]:
 
 
 def _places(footprint: Footprint, model: Any) -> Optional[Places]:
-    """Names, addresses and shapes of all tensors; None where one can't be asked.
+    """What tensors there are and where, of which shape and type; None where one can't be asked.
 
     This is what each bucket of an update waits for: all modules and all tensors are asked for
     one thing after the other, without a loop over them in Python.
@@ -593,7 +598,7 @@ def _places(footprint: Footprint, model: Any) -> Optional[Places]:
     import torch
 
     modules = [reference() for reference in footprint.modules]
-    if modules[0] is not model or None in modules:
+    if modules[0] is not model or not all(map(is_not, modules, repeat(None))):
         return None
     try:
         states = list(map(_state_of, modules))
@@ -608,19 +613,22 @@ def _places(footprint: Footprint, model: Any) -> Optional[Places]:
         if sum(map(bool, parameters)) != len(owners) or sum(map(bool, buffers)) != len(buffered):
             return None
         groups = [*map(parameters.__getitem__, owners), *map(buffers.__getitem__, buffered)]
-        tensors = [t for t in chain.from_iterable(map(dict.values, groups)) if t is not None]
+        entries = list(chain.from_iterable(map(dict.values, groups)))
+        tensors = [t for t in entries if t is not None]
         names = list(chain.from_iterable(groups))
-        shapes: list[Any] = list(map(torch.Tensor.size, tensors))
+        if len(tensors) != len(entries):
+            names = [name for name, t in zip(names, entries) if t is not None]
         for position, keys in footprint.attributes:
             state = states[position]
             for name, key in keys:
-                tensor = state[name] if key is None else state[name][key]
-                tensors.append(tensor)
-                shapes.append(tensor.stride())
+                tensors.append(state[name] if key is None else state[name][key])
+        shapes: list[Any] = list(map(torch.Tensor.size, tensors))
+        strides: list[Any] = list(map(torch.Tensor.stride, tensors))
+        dtypes = list(map(_dtype_of, tensors))
         addresses = list(map(torch.Tensor.data_ptr, tensors))
     except Exception:  # a missing attribute, an uninitialised parameter
         return None
     # A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
     if 0 in addresses and any(_is_wrapper(t) for t, a in zip(tensors, addresses) if not a):
         return None
-    return names, addresses, shapes
+    return names, addresses, shapes, strides, dtypes

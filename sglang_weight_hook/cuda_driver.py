@@ -68,7 +68,9 @@ def allocations_under(address: int, size: int) -> list[tuple[int, int]]:
 
 
 # CUpointer_attribute values (cuda.h).
+_IS_MANAGED = 8
 _IS_LEGACY_CUDA_IPC_CAPABLE = 10
+_MEMPOOL_HANDLE = 17
 
 CUDA_MALLOC, VMM, IMPORTED = "cuda_malloc", "vmm", "imported"
 
@@ -77,29 +79,36 @@ def allocation_kind(address: int) -> Optional[str]:
     """How the memory at ``address`` came to be.
 
     ``cuda_malloc``: cudaMalloc in this process, exportable with cudaIpcGetMemHandle, which the
-    driver says (``IS_LEGACY_CUDA_IPC_CAPABLE``).  ``vmm``: cuMemCreate and cuMemMap, as expandable
+    driver says (``IS_LEGACY_CUDA_IPC_CAPABLE``).  ``vmm``: mapped with cuMemMap, as expandable
     segments and the memory saver do; such memory has a handle (``cuMemRetainAllocationHandle``),
-    which is given back at once.  ``imported``: neither, so it was opened from another process's
-    cudaIpcGetMemHandle.  None when the driver does not know the address.
+    which is given back at once.  ``imported``: opened from another process's cudaIpcGetMemHandle,
+    for it is none of these nor managed memory nor a pool's (cudaMallocAsync).  None for those
+    two, and when the driver does not know the address.
     """
     library = _library()
     if library is None:
         return None
-    capable = ctypes.c_int()
-    status = library.cuPointerGetAttribute(
-        ctypes.byref(capable),
-        ctypes.c_int(_IS_LEGACY_CUDA_IPC_CAPABLE),
-        ctypes.c_uint64(address),
-    )
-    if status != 0:
+    capable = _attribute(library, _IS_LEGACY_CUDA_IPC_CAPABLE, address)
+    if capable is None:
         return None
-    if capable.value:
+    if capable:
         return CUDA_MALLOC
     handle = ctypes.c_uint64()
-    if library.cuMemRetainAllocationHandle(ctypes.byref(handle), ctypes.c_uint64(address)) != 0:
-        return IMPORTED
-    library.cuMemRelease(handle)
-    return VMM
+    if library.cuMemRetainAllocationHandle(ctypes.byref(handle), ctypes.c_uint64(address)) == 0:
+        library.cuMemRelease(handle)
+        return VMM
+    if _attribute(library, _IS_MANAGED, address) or _attribute(library, _MEMPOOL_HANDLE, address):
+        return None
+    return IMPORTED
+
+
+def _attribute(library: Any, attribute: int, address: int) -> Optional[int]:
+    """A pointer attribute (CUpointer_attribute in cuda.h); None where the driver has none."""
+    value = ctypes.c_uint64()
+    status = library.cuPointerGetAttribute(
+        ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_uint64(address)
+    )
+    return value.value if status == 0 else None
 
 
 def device_identity(ordinal: int) -> tuple[Optional[str], Optional[str]]:

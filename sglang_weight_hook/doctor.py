@@ -87,6 +87,18 @@ def diagnose(directory: Optional[str] = None) -> Diagnosis:
     return Diagnosis(facts, entries, data)
 
 
+def say_plainly(as_json: bool) -> int:
+    """The command ``doctor`` without the ``cli`` extra; its exit status."""
+    found = diagnose()
+    if as_json:
+        lines = [json.dumps(found.as_dict(), indent=2)]
+    else:
+        words = {GOOD: "ok", NOTE: "note", BAD: "BAD"}
+        lines = [f"{words[fact.level]:6}{fact.topic:12}  {fact.text}" for fact in found.facts]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0 if found.good else 3
+
+
 # --- the interpreter and the hook -----------------------------------------------------------
 
 
@@ -189,10 +201,10 @@ def _active(data: dict[str, Any]) -> Iterator[Fact]:
     module = sys.modules.get(LOADER)
     active = _is_active()
     data["hook"]["active"] = active
+    data["hook"]["finders_in_front"] = _in_front() if active else []
     data["hook"]["loader"] = getattr(module, "__file__", None)
     if active:
         yield Fact("Active", GOOD, f"yes, it waits for SGLang ({data['hook']['loader']})")
-        data["hook"]["finders_in_front"] = _in_front()
         for name in data["hook"]["finders_in_front"]:
             text = f"{name} is asked first; a module of SGLang that it finds itself is not hooked"
             yield Fact(

@@ -63,13 +63,22 @@ def update_summary(
     """``weight_update_summary_{slot}.json``."""
     return {
         "update_timestamp": now,
-        "update_time_readable": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)),
+        "update_time_readable": _readable(now),
         "gpu_id": gpu_id,
         "total_weights": len(meta),
         "total_devices": len(totals),
         "device_weight_summary": dict(totals),
         "memory_usage_gb": sum(totals.values()),
     }
+
+
+def renewed_summary(summary: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """The same summary after one more update."""
+    return {**summary, "update_timestamp": now, "update_time_readable": _readable(now)}
+
+
+def _readable(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def merged_weights(captured: Capture, regions: list[Region]) -> list[dict[str, Any]]:

@@ -237,7 +237,7 @@ Item = TypeVar("Item")
 class SpanIndex(Generic[Item]):
     """Which of many spans cover an address, in O(log n + hits) after O(n log n) to build.
 
-    Spans may overlap and nest as they like.
+    Spans may overlap and nest as they like; addresses are at least 0 and below 2**64.
 
     >>> index = SpanIndex([(0, 100, "all"), (10, 20, "left"), (15, 30, "right"), (9, 9, "empty")])
     >>> index.at(17)

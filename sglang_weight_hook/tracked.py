@@ -68,6 +68,7 @@ class Tracked:
         self.settled = False  # whether the engine around the runner is built
         self.updated = False  # whether its weights were changed since they were loaded
         self.told_updated = False  # whether the published files say so
+        self.summary: Optional[dict[str, Any]] = None  # of the last update
         self.broken = False  # the last call that wrote weights failed, perhaps half way
         self.problem: Optional[str] = None
 
@@ -76,6 +77,8 @@ class Tracked:
 
         # The event under way: the calls inside it, and what they amount to.
         self.inside: weakref.WeakSet[Call] = weakref.WeakSet()
+        self.under_way = False
+        self.unseen = False  # an event has ended untold, and nothing was captured since
         self.openers: set[int] = set()  # ids of the runners whose sessions are open
         self.kind = ""
         self.effects: set[str] = set()
@@ -104,7 +107,11 @@ class Tracked:
             return
         self.kind, self.effects, self.calls, self.nested = kind, {effect}, 1, {}
         self.started_at = time.time()
-        self.success, self.message, self.changed_content = True, None, False
+        # Whoever never told the end of the last event may have written before.
+        self.unseen = self.unseen or self.under_way
+        self.success, self.message, self.changed_content = True, None, self.under_way
+        self.updated = self.updated or (self.under_way and self.settled)
+        self.under_way = True
         self.slot.lock()
         self.state = UPDATING if self.settled else LOADING
         self._write_state(self._event(success=None, finished_at=None, changes={}))
@@ -171,6 +178,7 @@ class Tracked:
         self.storages = document.storages_of(captured)
         self.state = self._state_after()
         self.problem = None
+        self.unseen = False
 
     def tell(self) -> None:
         """Publish what `look` found, and let go of the lock."""
@@ -179,6 +187,7 @@ class Tracked:
             if runner is not None:  # else collected meanwhile, and its slot reaped
                 self._publish(runner)
         finally:
+            self.under_way = False
             self.slot.unlock()
 
     def _publish(self, runner: Any) -> None:
@@ -194,6 +203,9 @@ class Tracked:
         if self.withdrawn is not None:
             self._write_documents(self._empty_documents(event))
             self.remove(publish.SUMMARY)
+        elif self.state_only and "close" in self.effects and self.summary is not None:
+            self.summary = document.renewed_summary(self.summary, time.time())
+            self._write_documents({publish.SUMMARY: self.summary})
         self._write_state(event)
         self._measure(runner, event)
         if self.starting and self.problem is None and self.captured is not None:
@@ -263,7 +275,7 @@ class Tracked:
         At the end of a session the prototype's files must say that there was an update, and
         checksums are of the new values; and SGLang may have made tensors that no bucket had.
         """
-        if self.effects - {"open", "stream", "close"} or self.problem is not None:
+        if self.effects - {"open", "stream", "close"} or self.problem is not None or self.unseen:
             return False
         closes = "close" in self.effects
         if closes and (self.told_updated != self.updated or settings.load().checksum):
@@ -328,7 +340,8 @@ class Tracked:
             publish.MERGED: document.merged_weights(captured, regions),
         }
         if not self.starting:
-            contents[publish.SUMMARY] = document.update_summary(meta, sums, self.gpu_id, now)
+            self.summary = document.update_summary(meta, sums, self.gpu_id, now)
+            contents[publish.SUMMARY] = self.summary
         return contents
 
     def _empty_documents(self, event: dict[str, Any]) -> dict[str, Any]:

@@ -101,9 +101,11 @@ class DirectoryWatch:
         return os.getpid(), (status.st_dev, status.st_ino)
 
     def close(self) -> None:
-        if self._descriptor >= 0:
+        # In a forked child the number may long be another file's; what is still ours there
+        # ends with the child.
+        if self._descriptor >= 0 and self._made_for[0] == os.getpid():
             os.close(self._descriptor)
-            self._descriptor = -1
+        self._descriptor = -1
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # half made, or at the interpreter's end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpu_sglang.environment import Environment
-from sglang_weight_hook import metrics, tracked
+from sglang_weight_hook import metrics
 from tests.real_sglang.hooked import HookedServer
 
 pytestmark = pytest.mark.real_sglang
@@ -26,10 +25,6 @@ def scrape(server: HookedServer) -> dict[str, float]:
     return {name.removeprefix(metrics.PREFIX): float(value) for name, value in found}
 
 
-@pytest.mark.xfail(
-    "metrics.update(" not in inspect.getsource(tracked),
-    reason="the recorder does not call metrics.update yet",
-)
 def test_a_real_server_serves_our_metrics_without_a_flag_of_ours(
     environment: Environment,
     hooked_python: Path,

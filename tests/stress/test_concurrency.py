@@ -99,8 +99,8 @@ done = {}
 for name in names:
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        done[name] = f"cannot be imported here: {error}"
+    except Exception as error:
+        done[name] = f"cannot be imported here: {error!r:.60}"
         continue
     try:
         again = importlib.reload(module)

@@ -380,7 +380,19 @@ def remove(model: Any) -> None:
 
 
 def rename(model: Any) -> None:
-    model.c = model._modules.pop("a")
+    model.d = model._modules.pop("a")
+
+
+def transpose(model: Any) -> None:
+    model.c.weight = nn.Parameter(model.c.weight.t())
+
+
+def another_dtype(model: Any) -> None:
+    model.a.bias = nn.Parameter(model.a.bias.data.view(torch.int32), requires_grad=False)
+
+
+def fewer_rows_of_an_attribute(model: Any) -> None:
+    model.a.w_kc = model.a.w_kc[:2]
 
 
 def swap(model: Any) -> None:
@@ -409,11 +421,25 @@ def tied_pair() -> Any:
     model = nn.Module()
     model.a, model.b = nn.Linear(2, 3), nn.Linear(2, 3)
     model.b.weight = model.a.weight
+    model.c = nn.Linear(4, 4, bias=False)
+    model.a.w_kc = torch.ones(8, 4)
     return model
 
 
 @pytest.mark.parametrize(
-    "change", [rebind_data, new_parameter, rebind_alias, add, remove, rename, swap]
+    "change",
+    [
+        rebind_data,
+        new_parameter,
+        rebind_alias,
+        add,
+        remove,
+        rename,
+        swap,
+        transpose,
+        another_dtype,
+        fewer_rows_of_an_attribute,
+    ],
 )
 def test_moved_is_true_when_an_address_or_a_name_changed(change: Callable[[Any], None]) -> None:
     runner = FakeRunner(tied_pair())
@@ -432,6 +458,27 @@ def test_moved_is_false_when_only_values_changed(change: Callable[[Any], None]) 
     change(runner.model)
     assert not moved(before, runner)
     assert document.same_layout(before, capture_module.capture(runner))
+
+
+def test_moved_sees_a_parameter_that_has_another_ones_name_now() -> None:
+    model = nn.Module()
+    model.register_parameter("one", None)
+    model.register_parameter("other", nn.Parameter(torch.zeros(2)))
+    runner = FakeRunner(model)
+    before = capture_module.capture(runner)
+    model.one, model.other = model.other, None
+    assert moved(before, runner)
+
+
+def test_moved_asks_no_module_whether_it_is_equal() -> None:
+    class Strict(nn.Linear):
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError
+
+        __hash__ = nn.Linear.__hash__
+
+    runner = FakeRunner(nn.Sequential(Strict(2, 2)))
+    assert not moved(capture_module.capture(runner), runner)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")

@@ -159,7 +159,8 @@ class Piece(NamedTuple):
 
     start: int
     end: int
-    # "vmm", "cuda_malloc", "imported", or "" for a hole that the driver knows nothing of
+    # "vmm", "cuda_malloc", "imported", "managed", "pool", or "" for a hole that the driver
+    # knows nothing of
     kind: str
 
 
@@ -185,9 +186,11 @@ class FakeCuda:
 
     def cuPointerGetAttribute(self, data: Any, attribute: Any, address: Any) -> int:  # noqa: N802
         piece = self._at(address)
-        if piece is None or attribute.value != 10:  # IS_LEGACY_CUDA_IPC_CAPABLE
+        # IS_LEGACY_CUDA_IPC_CAPABLE, IS_MANAGED, MEMPOOL_HANDLE
+        true_of = {10: "cuda_malloc", 8: "managed", 17: "pool"}
+        if piece is None or attribute.value not in true_of:
             return 1
-        data._obj.value = int(piece.kind == "cuda_malloc")
+        data._obj.value = int(piece.kind == true_of[attribute.value])
         return 0
 
     def cuMemRetainAllocationHandle(self, handle: Any, address: Any) -> int:  # noqa: N802
@@ -222,7 +225,7 @@ def memories(draw: st.DrawFn) -> Memory:
     """Tensors over storages at chosen offsets of an arena that is cut into allocations."""
     arena = Arena(ARENA)
     cuts = sorted(draw(st.sets(st.integers(1, ARENA - 1), max_size=6)))
-    kinds = st.sampled_from(["vmm", "vmm", "cuda_malloc", "imported", ""])
+    kinds = st.sampled_from(["vmm", "vmm", "cuda_malloc", "imported", "managed", "pool", ""])
     pieces = [Piece(start, end, draw(kinds)) for start, end in zip([0, *cuts], [*cuts, ARENA])]
     model, spans = nn.Module(), {}
     starts: list[int] = []
@@ -350,7 +353,7 @@ def test_each_regions_kind_and_source_are_its_allocations(memory: Memory) -> Non
             base, size, kind = allocation_at(memory, name, inside)
             assert (region["allocation_ptr"], region["allocation_size"]) == (base, size)
             assert region["allocation_source"] == ("storage" if kind is None else "driver")
-            assert region["allocation_kind"] == kind
+            assert region["allocation_kind"] == (None if kind in ("managed", "pool") else kind)
 
 
 @relaxed

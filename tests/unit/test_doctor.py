@@ -310,3 +310,15 @@ def test_a_directory_of_each_process_is_to_be_read_with_dir(
 ) -> None:
     monkeypatch.setenv("SGLANG_WEIGHT_HOOK_DIR", f"{tmp_path}/{{pid}}")
     assert any("--dir" in text for text in texts(doctor.diagnose(), "Directory", NOTE))
+
+
+def test_without_typer_the_doctor_still_answers(run_python: Any, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['typer'] = None; sys.argv[1:] = {}; "
+        "from sglang_weight_hook.__main__ import main; sys.exit(main())"
+    )
+    done = run_python("-c", code.format("['doctor']"), check=False)
+    assert done.returncode == 3
+    assert "BAD   Installed" in done.stdout
+    done = run_python("-c", code.format("['doctor', '--json']"), check=False)
+    assert json.loads(done.stdout)["good"] is False

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fake_sglang
@@ -633,6 +634,19 @@ def test_an_event_without_any_entry_point_is_reported_when_a_model_loads(
     ]
     assert len(reported) == 1
     assert "0.5.23" in reported[0]
+
+
+def test_a_module_in_a_namespace_package_is_found_without_importing_its_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "regular_parent" / "namespace"
+    inner.mkdir(parents=True)
+    (tmp_path / "regular_parent" / "__init__.py").write_text("raise AssertionError\n")
+    (inner / "leaf.py").write_text("raise AssertionError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert core._exists_on_disk("regular_parent.namespace.leaf")
+    assert not core._exists_on_disk("regular_parent.namespace.other")
+    assert not core._exists_on_disk("regular_parent.nothing.leaf")
 
 
 def test_the_version_is_unknown_where_sglang_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

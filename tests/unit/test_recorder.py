@@ -359,6 +359,43 @@ def test_a_session_after_which_all_is_where_it_was_rewrites_only_the_state(
     assert state_of(maps)["state"] == "ready"
 
 
+def test_a_session_renews_the_time_of_the_last_update(runner: FakeRunner, maps: Path) -> None:
+    a_session(runner)
+    first = read(maps, publish.SUMMARY)
+    a_session(runner)
+    second = read(maps, publish.SUMMARY)
+    assert second["update_timestamp"] > first["update_timestamp"]
+    assert second.keys() == first.keys()
+    assert second["total_weights"] == first["total_weights"]
+
+
+def test_what_a_call_may_have_written_whose_end_was_never_told_counts_as_changed(
+    runner: FakeRunner, maps: Path
+) -> None:
+    _, content = generations(maps)
+    lost = recorder.begin("update_weights_from_disk", "update", [runner])
+    runner.model[0].weight.data.fill_(3.0)
+    del lost
+    event("release_memory_occupation", "release", [runner])
+    assert state_of(maps)["state"] == "ready"
+    assert generations(maps)[1] == content + 1
+    assert read(maps, publish.WEIGHTS_META)["0.weight"]["updated"]
+    assert lock_is_free(maps)
+
+
+def test_after_such_a_call_a_bucket_does_not_trust_the_last_capture(
+    runner: FakeRunner, maps: Path
+) -> None:
+    lost = recorder.begin("update_weights_from_disk", "update", [runner])
+    del lost
+    before = layout_file(maps)
+    stream(runner)
+    assert layout_file(maps) != before
+    before = layout_file(maps)
+    stream(runner)
+    assert layout_file(maps) == before
+
+
 def test_a_session_that_leaves_a_tensor_where_none_was_publishes_it(
     runner: FakeRunner, maps: Path
 ) -> None:

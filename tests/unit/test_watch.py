@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,3 +157,31 @@ def test_a_slot_whose_directory_was_replaced_watches_the_new_one(tmp_path: Path)
         replace(maps / "state.json", "1")
         assert waiting.kernel
         assert waiting.wait(5.0)
+
+
+def test_in_a_forked_child_a_watch_of_the_parent_closes_nobody_elses_file(
+    run_python: Any, tmp_path: Path
+) -> None:
+    code = """
+import os, sys
+from sglang_weight_hook.watch import DirectoryWatch
+watch = DirectoryWatch(sys.argv[1])
+if not watch.kernel:
+    sys.exit()
+number = watch._descriptor
+pid = os.fork()
+if pid == 0:
+    # As a daemon does: everything closed, and the numbers used again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    watch.close()
+    os.write(number, b"x")
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+watch.close()
+try:
+    os.fstat(number)
+except OSError:
+    sys.exit()
+sys.exit("it is still open in the parent")
+"""
+    run_python("-c", code, str(tmp_path))
