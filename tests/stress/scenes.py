@@ -499,6 +499,37 @@ def interrupted_often(directory: str, updates: int) -> dict[str, Any]:
     return {"said": said, "signals": count, "true": is_true(player)}
 
 
+def grows(directory: str, rounds: int) -> dict[str, Any]:
+    """Everything that a server does, over and over: resident bytes, descriptors and objects.
+
+    Each of them once a quarter of the rounds are over, and at the end.
+    """
+    fresh(directory)
+    player = Player()
+    player.load()
+    seen = []
+    for number in range(rounds + 1):
+        if number in (rounds // 4, rounds):
+            gc.collect()
+            with open("/proc/self/statm", encoding="ascii") as file:
+                pages = int(file.read().split()[1])
+            seen.append(
+                {
+                    "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+                    "descriptors": len(os.listdir("/proc/self/fd")),
+                    "objects": len(gc.get_objects()),
+                    "files": len(os.listdir(directory)),
+                }
+            )
+        update(player.runner)
+        player.bucket()
+        player.session()
+        player.memory("release")
+        player.memory("resume")
+        event("update_weights_from_disk", "update", [player.runner], result=(False, "missing"))
+    return {"early": seen[0], "late": seen[1]}
+
+
 class Raised(BaseException):
     """What a signal handler throws into the middle, as Ctrl-C does."""
 
@@ -563,6 +594,7 @@ SCENES: dict[str, Callable[..., Any]] = {
         leave_while_publishing,
         interrupted_often,
         thrown_into,
+        grows,
     )
 }
 

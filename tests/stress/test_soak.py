@@ -19,6 +19,7 @@ import sglang_weight_hook as hook
 from cpu_sglang.environment import ensure_environment
 from tests.real_sglang.hooked import HookedServer, make_checkpoint, make_venv, pid_of
 from tests.real_sglang.scenario import check
+from tests.stress.bench import Theatre
 
 GROWTH = 32 * 1024**2  # bytes of resident memory that may come and go: allocator, page cache
 
@@ -61,6 +62,17 @@ def measure(pid: int, maps: Path) -> tuple[int, int, list[str]]:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     descriptors = len(os.listdir(f"/proc/{pid}/fd"))
     return pages * os.sysconf("SC_PAGE_SIZE"), descriptors, sorted(os.listdir(maps))
+
+
+def test_the_hook_alone_keeps_nothing(theatre: Theatre, maps: Path, is_long: bool) -> None:
+    rounds = 10_000 if is_long else 200
+    told = theatre.play("grows", directory=str(maps), rounds=rounds)
+    early, late = told["early"], told["late"]
+    print(f"{rounds} rounds of 6 events: {early}, then {late}")
+    assert late["resident"] <= early["resident"] + 1024**2
+    assert late["descriptors"] == early["descriptors"]
+    assert late["files"] == early["files"]
+    assert late["objects"] <= early["objects"] + 100
 
 
 def test_hours_of_updates_releases_and_requests(tmp_path: Path, is_long: bool) -> None:
