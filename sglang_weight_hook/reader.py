@@ -249,12 +249,14 @@ class SpanIndex(Generic[Item]):
     def __init__(self, spans: Iterable[tuple[int, int, Item]]) -> None:
         """``spans``: ``(start, end, item)``, ``end`` exclusive."""
         ordered = sorted((span for span in spans if span[0] < span[1]), key=lambda s: s[:2])
-        # Not a list: the bisection would wait for the memory of one integer after the other.
+        # Not lists: a look-up would wait for the memory of one integer after the other.
         self._starts = array("Q", [start for start, _, _ in ordered])
         self._ends = [end for _, end, _ in ordered]
         self._items = [item for _, _, item in ordered]
         # How far the spans up to each one reach: what ends there cannot cover what lies behind.
-        self._reach = [0, *accumulate(self._ends, max)]
+        reach = [0, *accumulate(self._ends, max)]
+        # One that ends behind all addresses is a lie, and has a list.
+        self._reach = array("Q", reach) if reach[-1] < 2**64 else reach
         # _furthest[k][i]: which of the spans i .. i + 2**k - 1 ends last.  Two look-ups answer
         # that for any range, so each hit found costs a constant.
         self._furthest = [list(range(len(ordered)))]
@@ -266,10 +268,10 @@ class SpanIndex(Generic[Item]):
 
     def at(self, address: int) -> list[Item]:
         """The items of all spans that cover ``address``, by start address."""
-        behind = bisect_right(self._starts, address)
-        if self._reach[behind] <= address:
+        behind, reach = bisect_right(self._starts, address), self._reach
+        if reach[behind] <= address:
             return []
-        if self._reach[behind - 1] <= address:
+        if reach[behind - 1] <= address:
             return [self._items[behind - 1]]
         found = []
         ranges = [(0, behind)]
@@ -454,10 +456,11 @@ class Document:
         """
         if self._by_address is None:
             self._by_address = SpanIndex(self._spans())
-        hits = [self._hit(name, address) for name in self._by_address.at(address)]
-        if len(hits) > 1:
-            hits.sort(key=lambda hit: (not hit.holds, hit.tensor.span))
-        return hits
+        names = self._by_address.at(address)
+        if len(names) == 1:  # nearly always
+            return [self._hit(names[0], address)]
+        hits = [self._hit(name, address) for name in names]
+        return sorted(hits, key=lambda hit: (not hit.holds, hit.tensor.span))
 
     def _spans(self) -> Iterator[tuple[int, int, str]]:
         """From where to where each tensor reaches, without making an object of each."""
@@ -472,11 +475,12 @@ class Document:
     def _hit(self, name: str, address: int) -> Hit:
         tensor = self._typed.get(name) or self._tensor(name)
         offset = address - tensor.ptr
-        itemsize = tensor.itemsize
+        shape = tensor.shape
+        itemsize = _itemsize(shape, tensor.size)
         if not itemsize:
             return Hit(tensor, offset, None, None)
         number, byte = divmod(offset, itemsize)
-        element = _index(tensor.shape, tensor.stride, number)
+        element = _index(shape, tensor.stride, number)
         return Hit(tensor, offset, element, None if element is None else byte)
 
     def region_at(self, address: int) -> Optional[Region]:
