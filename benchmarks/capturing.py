@@ -155,12 +155,17 @@ def _lines(count: int, found: dict[str, Sample]) -> list[Line]:
             what,
             hook,
             f"prototype {table.timing(found['prototype'])}",
-            f"{faster.median:.1f} x faster ±{faster.spread:.0%}",
+            _faster_or_slower(faster),
             f"≥ {FASTER:g} x faster" if due else "",
             faster.median >= FASTER if due else None,
         )
     )
     return lines
+
+
+def _faster_or_slower(times: Sample) -> str:
+    figure, word = (times.median, "faster") if times.median >= 1 else (1 / times.median, "slower")
+    return f"{figure:.1f} x {word} ±{times.spread:.0%}"
 
 
 HOW = """\
