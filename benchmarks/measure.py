@@ -13,7 +13,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Optional
 
 
@@ -48,6 +48,17 @@ def ratios(over: Sample, under: Sample) -> Sample:
     return Sample([a / b for a, b in zip(over.values, under.values)])
 
 
+def rotated(names: Iterable[str], turn: int) -> list[str]:
+    """Everybody's name once, each time another one first.
+
+    >>> rotated("abc", 4)
+    ['b', 'c', 'a']
+    """
+    ordered = list(names)
+    first = turn % len(ordered)
+    return ordered[first:] + ordered[:first]
+
+
 def side_by_side(
     subjects: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -66,8 +77,7 @@ def side_by_side(
             between()
         subject()
     for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in rotated(names, number):
             subject = subjects[name]
             if between is not None:
                 between()

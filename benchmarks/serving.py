@@ -13,10 +13,12 @@ from pathlib import Path
 
 from cpu_sglang.environment import ensure_environment
 from cpu_sglang.server import Server
+from sglang_weight_hook.reader import open_directory
+from sglang_weight_hook.settings import DEFAULT_DIRECTORY
 from tests.real_sglang.hooked import make_checkpoint, make_venv
 
 from . import table
-from .measure import Sample, ratios
+from .measure import Sample, ratios, rotated
 from .table import Line, Section
 
 # Whether it has the hook.
@@ -50,8 +52,10 @@ def measure(quick: bool) -> Section:
             # The others stand still while one works: an idle scheduler polls.
             stack.callback(_signal, server, signal.SIGCONT)
             _signal(server, signal.SIGSTOP)
-        published = {kind: any((folder / kind).glob("*/weight_state_*")) for kind in KINDS}
+        slots = {kind: open_directory(str(folder / kind / DEFAULT_DIRECTORY)) for kind in KINDS}
+        published = {kind: os.path.isdir(place.path) for kind, place in slots.items()}
         assert published == KINDS, published
+        tensors = len(slots["with"].slot("0").read().tensors)
         clients = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
 
         def burst(server: Server, _: int) -> None:
@@ -63,13 +67,12 @@ def measure(quick: bool) -> Section:
 
         for what, act in (
             (f"{AT_ONCE} requests of {TOKENS} tokens at once", burst),
-            ("update from disk, 24 tensors", update),
+            (f"update from disk, {tensors} tensors", update),
         ):
             wall: dict[str, list[float]] = {kind: [] for kind in KINDS}
             cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for turn in range(-2, rounds):  # two to warm up
-                shift = turn % len(KINDS)
-                for kind in (names := list(KINDS))[shift:] + names[:shift]:
+                for kind in rotated(KINDS, turn):
                     with _running(servers[kind]) as server:
                         began, used = time.perf_counter(), _cpu_seconds(server)
                         act(server, turn)

@@ -227,10 +227,10 @@ module that holds something (by weak reference) for its dictionaries, and every 
 address, shape, stride and type, all in C without a loop in Python. The bare addresses are a twelfth
 of that look, the rest of a tensor two fifths, the dictionaries half; the two renames are a tenth of
 the call. The 0.5 ms and the twentieth of the prototype would need a look that skips tensors, and
-so misses what has changed in them. What
-does help is a session: buckets inside it cost nothing but their two calls. Its end looks at every
-attribute of every module once, 3 355 of them here and some 2 µs each, in case SGLang has made
-tensors that no bucket had; that is why a hundred buckets and a thousand differ so little.
+so misses what has changed in them. What does help is a session: buckets inside it cost nothing but
+their two calls. Its end looks at every attribute of every module once, 3 355 of them here and some
+2 µs each, in case SGLang has made tensors that no bucket had; that is why a hundred buckets and a
+thousand differ so little.
 On ext4 a rename over an existing file starts its write-back, which a state file waits for, up to
 milliseconds on a busy disk; on a tmpfs one takes 20 µs, so that is the place for the directory.
 The wall times are those of a process that has just slept, with cold caches and a machine shared

@@ -137,9 +137,22 @@ class Tensor(NamedTuple):
 
         Where elements overlap (stride 0) it is one of those that hold it.
         """
-        if not self.itemsize or not self.ptr <= address < self.end:
+        if not self.ptr <= address < self.end:
             return None
-        return _index(self.shape, self.stride, (address - self.ptr) // self.itemsize)
+        return self.element_at(address - self.ptr)[0]
+
+    def element_at(self, offset: int) -> tuple[Optional[tuple[int, ...]], Optional[int]]:
+        """Index of the element that holds the byte at ``offset``, and which byte of it.
+
+        ``offset``: bytes from the first element's address, below ``span``.  Two None between
+        elements.
+        """
+        itemsize = _itemsize(self.shape, self.size)
+        if not itemsize:
+            return None, None
+        number, byte = divmod(offset, itemsize)
+        index = _index(self.shape, self.stride, number)
+        return index, None if index is None else byte
 
 
 class Region(NamedTuple):
@@ -475,13 +488,7 @@ class Document:
     def _hit(self, name: str, address: int) -> Hit:
         tensor = self._typed.get(name) or self._tensor(name)
         offset = address - tensor.ptr
-        shape = tensor.shape
-        itemsize = _itemsize(shape, tensor.size)
-        if not itemsize:
-            return Hit(tensor, offset, None, None)
-        number, byte = divmod(offset, itemsize)
-        element = _index(shape, tensor.stride, number)
-        return Hit(tensor, offset, element, None if element is None else byte)
+        return Hit(tensor, offset, *tensor.element_at(offset))
 
     def region_at(self, address: int) -> Optional[Region]:
         """The region that covers ``address``, if any.  Raises HookError."""

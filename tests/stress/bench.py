@@ -45,6 +45,13 @@ def is_mixed(layout: Mapping[str, Any]) -> bool:
     )
 
 
+def measure(pid: int, maps: Path) -> tuple[int, int, list[str]]:
+    """Resident bytes and descriptors of the process that publishes, and the files."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+    return pages * os.sysconf("SC_PAGE_SIZE"), descriptors, sorted(os.listdir(maps))
+
+
 def environment(**more: str) -> dict[str, str]:
     kept = {
         name: value

@@ -17,12 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sglang_weight_hook import once, publish, recorder, settings
-from tests.stress.bench import TENSORS, length_at
+from tests.stress.bench import TENSORS, length_at, measure
 from tests.unit.fake_sglang import FakeRunner, event, load, settle, stream, update
 
 
@@ -511,14 +512,13 @@ def grows(directory: str, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         if number in (rounds // 4, rounds):
             gc.collect()
-            with open("/proc/self/statm", encoding="ascii") as file:
-                pages = int(file.read().split()[1])
+            resident, descriptors, files = measure(os.getpid(), Path(directory))
             seen.append(
                 {
-                    "resident": pages * os.sysconf("SC_PAGE_SIZE"),
-                    "descriptors": len(os.listdir("/proc/self/fd")),
+                    "resident": resident,
+                    "descriptors": descriptors,
                     "objects": len(gc.get_objects()),
-                    "files": len(os.listdir(directory)),
+                    "files": len(files),
                 }
             )
         update(player.runner)

@@ -19,7 +19,7 @@ import sglang_weight_hook as hook
 from cpu_sglang.environment import ensure_environment
 from tests.real_sglang.hooked import HookedServer, make_checkpoint, make_venv, pid_of
 from tests.real_sglang.scenario import check
-from tests.stress.bench import Theatre
+from tests.stress.bench import Theatre, measure
 
 GROWTH = 32 * 1024**2  # bytes of resident memory that may come and go: allocator, page cache
 
@@ -55,13 +55,6 @@ class Follower(threading.Thread):
                         self.slot.read()
             except hook.HookError as error:
                 self.errors.append(str(error))
-
-
-def measure(pid: int, maps: Path) -> tuple[int, int, list[str]]:
-    """Resident bytes and descriptors of the process that publishes, and the files."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-    return pages * os.sysconf("SC_PAGE_SIZE"), descriptors, sorted(os.listdir(maps))
 
 
 def test_the_hook_alone_keeps_nothing(theatre: Theatre, maps: Path, is_long: bool) -> None:
