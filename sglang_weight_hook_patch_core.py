@@ -2,7 +2,7 @@
 
 The table `ENTRY_POINTS` is SGLang's history as data; nothing here asks for a version with
 an ``if``.  A wrapper is a thin shell around SGLang's method: it tells the recorder
-(`sglang_weight_hook.recorder`) that something begins, calls the method, returns the very
+(`sglang_weight_hook.publisher.recorder`) that something begins, calls the method, returns the very
 object that came back or lets the exception through, and tells the recorder how it ended.
 Nothing that goes wrong on our side reaches SGLang.  File formats are not known here.
 
@@ -343,7 +343,7 @@ def make_wrapper(original: Callable[..., Any], entry: EntryPoint) -> Callable[..
 
 def _begin(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        from sglang_weight_hook import recorder
+        from sglang_weight_hook.publisher import recorder
 
         if entry.effect in ("load", "settle", "build"):
             _check_all_events()
@@ -363,7 +363,7 @@ def _finish(event: Any, result: Any, error: Optional[BaseException]) -> None:
     if event is None:
         return
     try:
-        from sglang_weight_hook import recorder
+        from sglang_weight_hook.publisher import recorder
 
         recorder.finish(event, result, error)
     except Exception as failure:
@@ -386,7 +386,7 @@ def _log_once(where: str, error: BaseException) -> None:
 def _settle_directory() -> None:
     """Make the output directory absolute now: SGLang or a model may change directory later."""
     try:
-        from sglang_weight_hook import settings
+        from sglang_weight_hook.publisher import settings
 
         settings.load()
     except Exception as error:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cpu_sglang.environment import ensure_environment
-from sglang_weight_hook import recorder, settings
+from sglang_weight_hook.layout import location
+from sglang_weight_hook.publisher import recorder, settings
 
 from . import baselines, table
 from .measure import Sample, fit, ratios, side_by_side
@@ -33,19 +34,19 @@ RESIDUAL = 0.25
 def published() -> Iterator[str]:
     """An output directory, where both the hook and the prototype write; the current one."""
     before = os.getcwd()
-    variable = os.environ.get(settings.DIRECTORY)
+    variable = os.environ.get(location.DIRECTORY)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
         os.chdir(place)
-        os.environ[settings.DIRECTORY] = os.path.join(place, "maps")
+        os.environ[location.DIRECTORY] = os.path.join(place, "maps")
         settings._base = settings._settings = None
         try:
-            yield os.environ[settings.DIRECTORY]
+            yield os.environ[location.DIRECTORY]
         finally:
             recorder._after_fork_in_child()  # forget every runner, let go of every lock
             os.chdir(before)
-            os.environ.pop(settings.DIRECTORY)
+            os.environ.pop(location.DIRECTORY)
             if variable is not None:
-                os.environ[settings.DIRECTORY] = variable
+                os.environ[location.DIRECTORY] = variable
             settings._base = settings._settings = None
 
 

@@ -8,7 +8,10 @@ import os
 import time
 from collections.abc import Iterator
 
-from sglang_weight_hook import publish, reader, totals, verify, watch
+from sglang_weight_hook import reader
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import publish
+from sglang_weight_hook.reader import totals, verify, watch
 
 from . import table
 from .capturing import Load, published
@@ -60,7 +63,7 @@ def _watch(place: str, names: list[str], quick: bool) -> Line:
     waits = []
     with watch.DirectoryWatch(place) as watcher:
         for number in range(20 if quick else 200):
-            path = os.path.join(place, publish.STATE.format(names[number % SLOTS]))
+            path = os.path.join(place, files.STATE.format(names[number % SLOTS]))
             with open(path, "rb") as file:
                 data = file.read()
             while watcher.wait(0.0):
@@ -85,7 +88,7 @@ def directory() -> Iterator[str]:
         load = Load(make_model(TENSORS))
         load()
         documents = {}
-        for name in publish.DOCUMENTS:
+        for name in files.DOCUMENTS:
             path = os.path.join(place, name.format("0"))
             if os.path.exists(path):
                 with open(path, "rb") as file:
@@ -94,11 +97,11 @@ def directory() -> Iterator[str]:
             for gpu in range(GPUS):
                 slot = f"{gpu}.node{node}"
                 for name, content in documents.items():
-                    if name in (publish.LAYOUT, publish.STATE):
+                    if name in (files.LAYOUT, files.STATE):
                         content = _as_of(content, f"node{node}", gpu, slot)
                     path = os.path.join(place, name.format(slot))
-                    publish.write_whole(path, publish.encode(content, name != publish.LAYOUT))
-        for name in (*publish.DOCUMENTS, publish.OWNER_LOCK, publish.SAVING_LOCK):
+                    publish.write_whole(path, publish.encode(content, name != files.LAYOUT))
+        for name in (*files.DOCUMENTS, files.OWNER_LOCK, files.SAVING_LOCK):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(place, name.format("0")))
         yield place

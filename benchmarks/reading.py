@@ -7,7 +7,8 @@ import math
 import os
 import random
 
-from sglang_weight_hook import publish, reader
+from sglang_weight_hook import reader
+from sglang_weight_hook.layout import files
 
 from . import table
 from .capturing import Load, published
@@ -32,7 +33,7 @@ def measure(quick: bool) -> Section:
         with published() as place:
             load = Load(make_model(count))
             load()
-            path = os.path.join(place, publish.LAYOUT.format("0"))
+            path = os.path.join(place, files.LAYOUT.format("0"))
             with open(path, "rb") as file:
                 data = file.read()
             document = reader.open_slot(place, "0").read()

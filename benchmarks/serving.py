@@ -13,8 +13,8 @@ from pathlib import Path
 
 from cpu_sglang.environment import ensure_environment
 from cpu_sglang.server import Server
+from sglang_weight_hook.layout.location import DEFAULT_DIRECTORY
 from sglang_weight_hook.reader import open_directory
-from sglang_weight_hook.settings import DEFAULT_DIRECTORY
 from tests.real_sglang.hooked import make_checkpoint, make_venv
 
 from . import table

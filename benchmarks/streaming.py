@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_hook import publish, recorder
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import recorder
 
 from . import baselines, table
 from .capturing import Load, published
@@ -188,7 +189,7 @@ def _readable(bucket: Bucket, place: str, quick: bool) -> tuple[Sample, Sample]:
             returned = time.monotonic()
             recorder.finish(event, (True, "Succeeded."), None)
             done = time.monotonic()
-            with open(os.path.join(place, publish.STATE.format("0")), "rb") as file:
+            with open(os.path.join(place, files.STATE.format("0")), "rb") as file:
                 generation = json.loads(file.read())["content_generation"]
             seen, at = reader.stdout.readline().split()
             while int(seen) != generation:

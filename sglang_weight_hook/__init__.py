@@ -1,10 +1,9 @@
 """Where every weight of a running SGLang lies in GPU memory, and whether that is still true.
 
-Two halves that meet only in the published files:
+The published files are the border between two halves (`layout` is what both know of them):
 
-* writing, inside SGLang's process: `recorder` (events and states) calls `capture` (walk the
-  model), `document` (make the JSON) and `publish` (slots, locks, whole files by rename);
-* reading, anywhere, with the standard library alone: `reader`.
+* `publisher`, inside SGLang's process: events, capture, documents, files and locks;
+* `reader`, anywhere, with the standard library alone; `commands` is the command line over it.
 
 The reading names are importable from here; nothing is imported until one is asked for.
 """

@@ -11,15 +11,15 @@ import sys
 
 def main() -> int:
     try:
-        from . import cli
+        from .commands.entry import main as run
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
         if sys.argv[1:] in (["doctor"], ["doctor", "--json"]):
             # Asked in the environment that serves, which has no reason to hold typer.
-            from . import doctor
+            from .commands import diagnosis
 
-            return doctor.say_plainly("--json" in sys.argv)
+            return diagnosis.say_plainly("--json" in sys.argv)
         remedy = (
             "pip install 'sglang-weight-hook[cli]'"
             if sys.version_info >= (3, 10)
@@ -30,7 +30,7 @@ def main() -> int:
             f"{remedy}\n"
         )
         return 2
-    return cli.main()
+    return run()
 
 
 if __name__ == "__main__":

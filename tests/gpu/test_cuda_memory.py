@@ -27,8 +27,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sglang_weight_hook import capture as capturing  # noqa: E402
-from sglang_weight_hook import (  # noqa: E402
+from sglang_weight_hook.layout import variables  # noqa: E402
+from sglang_weight_hook.publisher import capture as capturing  # noqa: E402
+from sglang_weight_hook.publisher import (  # noqa: E402
     checksum,
     cuda_driver,
     document,
@@ -689,7 +690,7 @@ def test_the_gpu_is_named_as_nvidia_smi_names_it(layout: Any) -> None:
 def test_checksums_on_the_device_equal_those_on_the_host(
     maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(settings.CHECKSUM, "1")
+    monkeypatch.setenv(variables.CHECKSUM, "1")
     runner = load(a_model())
     layout = layout_in(maps)
     live = live_tensors(runner)

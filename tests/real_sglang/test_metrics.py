@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpu_sglang.environment import Environment
-from sglang_weight_hook import metrics
+from sglang_weight_hook.publisher import metrics
 from tests.real_sglang.hooked import HookedServer
 
 pytestmark = pytest.mark.real_sglang

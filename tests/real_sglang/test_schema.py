@@ -1,4 +1,4 @@
-"""What a real server publishes is what ``sglang_weight_hook/schema`` says."""
+"""What a real server publishes is what ``sglang_weight_hook/layout/schema`` says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.real_sglang.hooked import HookedServer
 
 pytestmark = pytest.mark.real_sglang
 
-FOLDER = Path(sglang_weight_hook.__file__).parent / "schema"
+FOLDER = Path(sglang_weight_hook.__file__).parent / "layout" / "schema"
 
 
 def test_the_documents_of_a_real_server_are_valid_before_and_after_an_update(

@@ -20,7 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_hook import cli, publish, reader, totals
+from sglang_weight_hook import reader
+from sglang_weight_hook.commands import entry as cli
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.reader import totals
 
 Pick = Callable[[int], int]  # a number from 0 to n - 1
 
@@ -95,7 +98,7 @@ def spread(good: Path, bad: Path, pick: Pick) -> None:
     shutil.rmtree(bad, ignore_errors=True)
     shutil.copytree(good, bad)
     names = sorted(name for name in os.listdir(good) if name.endswith(".json"))
-    favourites = [publish.LAYOUT.format("0"), publish.STATE.format("0")] * 3
+    favourites = [files.LAYOUT.format("0"), files.STATE.format("0")] * 3
     for _ in range(1 + pick(2)):
         path = bad / (favourites + names)[pick(len(favourites) + len(names))]
         data = path.read_bytes()
@@ -132,7 +135,7 @@ def _read(slot: reader.Slot) -> Any:
 
 def _open(slot: reader.Slot) -> Any:
     with contextlib.suppress(reader.HookError):
-        return reader.open_file(slot.path(publish.LAYOUT))
+        return reader.open_file(slot.path(files.LAYOUT))
     return None
 
 
@@ -158,7 +161,7 @@ def _use(document: reader.Document, other: reader.Document) -> None:
 
 
 def commands(good: Path, bad: Path) -> list[list[str]]:
-    layout = publish.LAYOUT.format("0")
+    layout = files.LAYOUT.format("0")
     page = str(bad / "page.html")
     at = ["--dir", str(bad)]
     return [

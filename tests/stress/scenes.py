@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from sglang_weight_hook import once, publish, recorder, settings
+from sglang_weight_hook.layout import files, location, variables
+from sglang_weight_hook.publisher import once, recorder, settings
 from tests.stress.bench import TENSORS, length_at, measure
 from tests.unit.fake_sglang import FakeRunner, event, load, settle, stream, update
 
@@ -82,8 +83,8 @@ class Player:
 
 def fresh(directory: str, lock_timeout: float = 0.2) -> None:
     """The hook as in a new process that publishes in ``directory``."""
-    os.environ[settings.DIRECTORY] = directory
-    os.environ[settings.LOCK_TIMEOUT] = str(lock_timeout)
+    os.environ[location.DIRECTORY] = directory
+    os.environ[variables.LOCK_TIMEOUT] = str(lock_timeout)
     forget()
 
 
@@ -313,12 +314,12 @@ def update_under_abuse(
         for _ in range(updates):
             slept.append(0.0)
             player.move()
-            statuses.append(state_of(player.tracked.slot.path(publish.STATE))["lock"])
+            statuses.append(state_of(player.tracked.slot.path(files.STATE))["lock"])
     print("abused", file=telling)
     hearing.readline()
     slept.append(0.0)
     player.move()
-    path = player.tracked.slot.path(publish.STATE)
+    path = player.tracked.slot.path(files.STATE)
     return {
         "slept": slept,
         "locks": statuses,

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import sglang_weight_hook as hook
-from sglang_weight_hook import publish, verify
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.reader import verify
 from tests.stress.bench import ROOT, Theatre, whole_files
 
 torch = pytest.importorskip("torch")
@@ -42,9 +43,9 @@ def untouched(victim: Path) -> bool:
 
 # --- planted files --------------------------------------------------------------------------
 
-FILES = [name.format("0") for name in publish.DOCUMENTS]
+FILES = [name.format("0") for name in files.DOCUMENTS]
 TEMPORARY = [f".{name}.tmp-{os.getpid()}" for name in FILES]
-LOCKS = [publish.SAVING_LOCK.format("0"), publish.OWNER_LOCK.format("0")]
+LOCKS = [files.SAVING_LOCK.format("0"), files.OWNER_LOCK.format("0")]
 
 
 @pytest.mark.parametrize("kind", ["hard link", "symbolic link", "dangling link", "loop"])

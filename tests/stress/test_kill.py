@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sglang_weight_hook as hook
-from sglang_weight_hook import publish
+from sglang_weight_hook.layout import files
 from tests.stress.bench import (
     COUNT,
     KILL_AFTER,
@@ -21,8 +21,8 @@ from tests.stress.bench import (
     whole_files,
 )
 
-ALL_FILES = {document.format("0") for document in (*publish.DOCUMENTS, publish.SAVING_LOCK)} | {
-    publish.OWNER_LOCK.format("0")
+ALL_FILES = {document.format("0") for document in (*files.DOCUMENTS, files.SAVING_LOCK)} | {
+    files.OWNER_LOCK.format("0")
 }
 
 

@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import sglang_weight_hook as hook
-from sglang_weight_hook import publish, reader
+from sglang_weight_hook import reader
+from sglang_weight_hook.layout import files
 from tests.stress import lies
 from tests.stress.bench import ROOT, Theatre, environment
 
@@ -115,7 +116,7 @@ def refused(bad: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("document", [publish.STATE, publish.LAYOUT])
+@pytest.mark.parametrize("document", [files.STATE, files.LAYOUT])
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/urandom", "pipe", "socket"])
 def test_a_device_in_a_documents_place_is_not_read_for_ever(
     document: str, device: str, bad: Path
@@ -155,7 +156,7 @@ def test_the_c_example_refuses_a_device(device: str, bad: Path, print_regions: P
     assert "is not a file" in done.stderr
 
 
-@pytest.mark.parametrize("document", [publish.STATE, publish.LAYOUT])
+@pytest.mark.parametrize("document", [files.STATE, files.LAYOUT])
 def test_a_huge_file_is_refused_before_it_is_read(document: str, bad: Path) -> None:
     os.truncate(bad / document.format("0"), 100 * 1024**3)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -169,7 +170,7 @@ def test_a_huge_file_is_refused_before_it_is_read(document: str, bad: Path) -> N
 
 @pytest.mark.parametrize("dimensions", [[10**4000] * 10, [2**63] * 2000, [2**63] * 128])
 def test_shapes_whose_product_no_memory_could_hold(dimensions: list[int], bad: Path) -> None:
-    path = bad / publish.LAYOUT.format("0")
+    path = bad / files.LAYOUT.format("0")
     layout = json.loads(path.read_bytes())
     for tensor in layout["tensors"].values():
         tensor["shape"] = tensor["stride"] = dimensions
@@ -212,7 +213,7 @@ def test_a_file_name_that_only_looks_like_a_slots_is_no_slot(bad: Path) -> None:
     assert [slot.name for slot in hook.open_directory(str(bad)).slots()] == ["0"]
     # One with a newline inside is whoever's; commands show it without breaking their lines.
     for name in ("0\n0", "\udcff"):
-        for document in publish.DOCUMENTS:
+        for document in files.DOCUMENTS:
             shutil.copy(bad / document.format("0"), bad / document.format(name))
     for arguments in lies.commands(bad, bad):
         lies.check_command(arguments)

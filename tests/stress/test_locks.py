@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sglang_weight_hook import publish
+from sglang_weight_hook.layout import files
 from tests.stress.bench import Actor, Child, Theatre
 
 TIMEOUT = 0.5
@@ -54,7 +54,7 @@ def server(theatre: Theatre, maps: Path, tmp_path: Path) -> Iterator[Actor]:
 
 @pytest.fixture
 def lock(maps: Path) -> str:
-    return str(maps / publish.SAVING_LOCK.format("0"))
+    return str(maps / files.SAVING_LOCK.format("0"))
 
 
 def check_one_timeout(told: dict[str, Any], name: str) -> None:
@@ -118,7 +118,7 @@ def test_taken_in_a_loop_by_many_readers(server: Actor, lock: str) -> None:
 
 def test_deleted_and_held_anew(server: Actor, lock: str, maps: Path) -> None:
     """Somebody deletes the lock files and holds new ones: another name is published, and said."""
-    owner = str(maps / publish.OWNER_LOCK.format("0"))
+    owner = str(maps / files.OWNER_LOCK.format("0"))
     for path in (owner, lock):
         os.unlink(path)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
@@ -137,7 +137,7 @@ def test_the_owner_lock_held_by_a_stranger_sends_the_server_elsewhere(
     theatre: Theatre, maps: Path
 ) -> None:
     maps.mkdir()
-    owner = maps / publish.OWNER_LOCK.format("0")
+    owner = maps / files.OWNER_LOCK.format("0")
     owner.touch()
     with Child(HOLD, str(owner), "alone") as stranger:
         assert stranger.hear() == "held"

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 import sglang_weight_hook as hook
-from sglang_weight_hook import publish
-from sglang_weight_hook.watch import DirectoryWatch
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.reader.watch import DirectoryWatch
 from tests.stress import bench
 from tests.stress.bench import FAIL, LOSE_ANSWER, SHORTEN, Theatre, whole_files
 
@@ -305,7 +305,7 @@ def test_ten_thousand_stale_files(theatre: Theatre, maps: Path, is_long: bool) -
     for number in range(100, 100 + count // 10):
         for name, data in dead.items():
             (maps / name.replace("_0.", f"_{number}.")).write_bytes(data)
-        (maps / publish.OWNER_LOCK.format(number)).touch()
+        (maps / files.OWNER_LOCK.format(number)).touch()
         (maps / f".weight_state_0.json.tmp-{number}").write_bytes(b"{")
         (maps / f"unrelated{number}").touch()
         (maps / f"weight_state_{number}.json.bak").touch()

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import sglang_weight_hook as hook
-from sglang_weight_hook import publish, reader
+from sglang_weight_hook import reader
+from sglang_weight_hook.publisher import publish
 from tests.stress.bench import ROOT, TENSORS, Theatre, environment, length_at
 
 READERS = 8
@@ -152,7 +153,7 @@ def test_two_that_claim_one_slot_at_once_never_both_have_it(maps: Path, is_long:
     """Eight processes claim and let go in a loop, marking where each must be alone."""
     code = """
 import os, sys, random, time
-from sglang_weight_hook import publish
+from sglang_weight_hook.publisher import publish
 directory, rounds = sys.argv[1], int(sys.argv[2])
 mark = os.path.join(directory, "mark")
 had = 0

@@ -17,7 +17,7 @@ for folder in (ROOT, HERE):
         sys.path.insert(0, str(folder))
 
 import sglang_weight_hook_patch_core as core  # noqa: E402
-from sglang_weight_hook import once, recorder, settings  # noqa: E402
+from sglang_weight_hook.publisher import once, recorder, settings  # noqa: E402
 
 
 def forget_everything() -> None:

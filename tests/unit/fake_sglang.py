@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_weight_hook import recorder
+from sglang_weight_hook.publisher import recorder
 
 
 class FakeConfig:

@@ -18,9 +18,10 @@ from fake_sglang import FakeRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_weight_hook import capture as capture_module
-from sglang_weight_hook import cuda_driver, document
-from sglang_weight_hook.capture import ATTRIBUTE, BUFFER, LORA, PARAMETER, Capture, moved
+from sglang_weight_hook.layout.documents import ATTRIBUTE, BUFFER, LORA, PARAMETER
+from sglang_weight_hook.publisher import capture as capture_module
+from sglang_weight_hook.publisher import cuda_driver, document, legacy, walk
+from sglang_weight_hook.publisher.capture import Capture, moved
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -115,7 +116,7 @@ def test_torchs_own_bookkeeping_is_not_taken_for_attributes() -> None:
 def test_torchs_list_of_internals_still_covers_what_torch_keeps() -> None:
     containers = (list, tuple, dict, set)
     own = {name for name, value in vars(nn.Module()).items() if isinstance(value, containers)}
-    assert own <= capture_module._MODULE_INTERNALS
+    assert own <= walk._MODULE_INTERNALS
 
 
 def test_a_module_that_contains_itself_is_walked_once() -> None:
@@ -256,7 +257,7 @@ def test_what_lies_on_another_device_is_listed_without_an_address() -> None:
     for row in captured.tensors.values():
         assert (row.ptr, row.storage_ptr, row.resident, row.device) == (0, 0, False, "cpu")
         assert row.size > 0
-    assert document.weights_meta(captured, False) == {}
+    assert legacy.weights_meta(captured, False) == {}
     assert document.regions_of(captured) == []
     assert document.validation(captured, 2, None)["not_resident"] == ["weight", "bias", "scale"]
 
@@ -512,12 +513,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[int, int]]]:
     answers: dict[int, list[tuple[int, int]]] = {}
     monkeypatch.setattr(cuda_driver, "is_initialised", lambda: True)
     monkeypatch.setattr(cuda_driver, "allocations_under", lambda ptr, size: answers.get(ptr, []))
-    row = capture_module._row
+    row = capture_module.row_of
 
     def on_the_gpu(kind: str, tensor: Any, device_type: str) -> Any:
         return row(kind, tensor, "cpu")._replace(device="cuda:0")
 
-    monkeypatch.setattr(capture_module, "_row", on_the_gpu)
+    monkeypatch.setattr(capture_module, "row_of", on_the_gpu)
     return answers
 
 

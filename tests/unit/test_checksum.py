@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sglang_weight_hook import checksum, publish, settings
+from sglang_weight_hook.layout import files, variables
+from sglang_weight_hook.publisher import checksum
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -254,7 +255,7 @@ def test_the_table_of_sums_grows_with_the_tensors_and_not_with_their_bytes() -> 
 
 
 def layout_of(maps: Path) -> Any:
-    return json.loads((maps / publish.LAYOUT.format("0")).read_bytes())
+    return json.loads((maps / files.LAYOUT.format("0")).read_bytes())
 
 
 def a_model() -> Any:
@@ -269,7 +270,7 @@ def a_model() -> Any:
 @pytest.fixture
 def summed(monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
     """A settled runner in a process where checksums are asked for."""
-    monkeypatch.setenv(settings.CHECKSUM, "1")
+    monkeypatch.setenv(variables.CHECKSUM, "1")
     runner = FakeRunner(a_model())
     load(runner)
     settle()
@@ -291,7 +292,7 @@ def test_nobody_who_did_not_ask_gets_checksums(
     value: str | None, maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if value is not None:
-        monkeypatch.setenv(settings.CHECKSUM, value)
+        monkeypatch.setenv(variables.CHECKSUM, value)
     monkeypatch.setattr(checksum, "checksums", lambda named: pytest.fail("they were computed"))
     runner = FakeRunner(a_model())
     load(runner)
@@ -327,7 +328,7 @@ def test_checksums_from_before_a_bucket_do_not_pass_for_those_after_it(
 ) -> None:
     # A bucket writes only the state; its content generation is the newer one.
     stream(summed, during=lambda: summed.model.weight.data.add_(1))
-    state = json.loads((maps / publish.STATE.format("0")).read_bytes())
+    state = json.loads((maps / files.STATE.format("0")).read_bytes())
     assert layout_of(maps)["checksums"]["content_generation"] < state["content_generation"]
 
 

@@ -31,9 +31,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from small_model import a_runner, torch
 
-from sglang_weight_hook import cli, publish, reader
+from sglang_weight_hook import reader
+from sglang_weight_hook.commands import entry as cli
+from sglang_weight_hook.commands.render.text import size_text
+from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import open_slot
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("show", "regions", "lookup", "diff", "report", "watch", "verify", "doctor", "plot")
 
 
@@ -74,7 +78,7 @@ def runner() -> FakeRunner:
 
 @pytest.fixture
 def layout(runner: FakeRunner, maps: Path) -> Any:
-    return json.loads((maps / publish.LAYOUT.format(0)).read_bytes())
+    return json.loads((maps / files.LAYOUT.format(0)).read_bytes())
 
 
 def sentence(ended: Ended, status: int) -> str:
@@ -194,7 +198,7 @@ def test_diff_tells_by_its_status_whether_to_register_again(
     run: Run, runner: FakeRunner, maps: Path, tmp_path: Path
 ) -> None:
     saved = tmp_path / "before.json"
-    shutil.copy(maps / publish.LAYOUT.format(0), saved)
+    shutil.copy(maps / files.LAYOUT.format(0), saved)
     same = run("diff", saved, "0")
     assert same.status == 0
     assert "registrations hold; contents are the same" in same.out
@@ -222,7 +226,7 @@ def test_diff_lists_ten_names_unless_all_are_asked_for(
     run: Run, runner: FakeRunner, maps: Path, tmp_path: Path
 ) -> None:
     saved = tmp_path / "before.json"
-    shutil.copy(maps / publish.LAYOUT.format(0), saved)
+    shutil.copy(maps / files.LAYOUT.format(0), saved)
     kept = [parameter.data for parameter in runner.model.parameters()]
     for parameter in runner.model.parameters():
         parameter.data = parameter.data.clone()
@@ -289,7 +293,7 @@ def watching(maps: Path, tmp_path: Path) -> Any:
     def start(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "sglang_weight_hook", "watch", *arguments],
-            cwd=Path(cli.__file__).parents[1],
+            cwd=ROOT,
             env={**os.environ, "SGLANG_WEIGHT_HOOK_DIR": str(maps)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -361,13 +365,13 @@ def test_verify_says_ok_or_one_line_for_each_finding(
     good = run("verify")
     assert good.status == 0
     assert good.rows[0][:2] == ["ok", "0"]
-    assert run("verify", maps / publish.LAYOUT.format(0)).status == 0
+    assert run("verify", maps / files.LAYOUT.format(0)).status == 0
     event("update_weights_from_disk", "update", [runner], result=(False, "no such directory"))
     warned = run("verify", "0")
     assert (warned.status, len(warned.rows)) == (0, 1)
     assert warned.rows[0][:2] == ["warning", "0"]
     assert run("verify", "--strict").status == 3
-    (maps / publish.MERGED.format(0)).write_text("[]")
+    (maps / files.MERGED.format(0)).write_text("[]")
     bad = run("verify", "--json")
     assert bad.status == 3
     assert bad.json["good"] is False
@@ -385,24 +389,13 @@ def test_doctor_ends_with_three_where_the_hook_is_not(run: Run, layout: Any) -> 
 
 
 def test_plot_writes_a_page(run: Run, layout: Any, maps: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sglang_weight_hook.plot")
     page = tmp_path / "map.html"
-    before = maps / publish.LAYOUT.format(0)
+    before = maps / files.LAYOUT.format(0)
     assert run("plot", "-o", page).status == 0
     assert "</html>" in page.read_text()
     assert run("plot", "0", "--output", page, "--before", before).status == 0
     refused = sentence(run("plot", "-o", tmp_path / "no" / "map.html"), 1)
     assert "No such file or directory" in refused
-
-
-def test_plot_without_its_module_is_one_sentence(
-    run: Run, layout: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sglang_weight_hook
-
-    monkeypatch.delattr(sglang_weight_hook, "plot", raising=False)
-    monkeypatch.setitem(sys.modules, "sglang_weight_hook.plot", None)
-    assert "cannot plot" in sentence(run("plot"), 1)
 
 
 # --- which slot -----------------------------------------------------------------------------
@@ -444,7 +437,7 @@ def test_a_directory_that_is_not_there_is_one_sentence(
 
 def test_a_saved_copy_stands_for_a_slot(run: Run, layout: Any, maps: Path, tmp_path: Path) -> None:
     saved = tmp_path / "copy.json"
-    shutil.copy(maps / publish.LAYOUT.format(0), saved)
+    shutil.copy(maps / files.LAYOUT.format(0), saved)
     ended = run("show", saved, "--json", "--dir", "/nowhere")
     assert ended.json["tensors"].keys() == layout["tensors"].keys()
     assert ended.json["owner_alive"] is None
@@ -467,7 +460,7 @@ def test_a_dead_owner_is_told_on_stderr(run: Run, maps: Path, run_python: Any) -
 def test_nothing_in_a_name_reaches_the_terminal_as_a_command(
     run: Run, maps: Path, layout: Any
 ) -> None:
-    path = maps / publish.LAYOUT.format(0)
+    path = maps / files.LAYOUT.format(0)
     raw = layout["tensors"].pop("layers.0.mlp.weight")
     layout["tensors"]["\x1b[2J[red]\ud800\u202e\n"] = raw
     path.write_text(json.dumps(layout))
@@ -480,7 +473,7 @@ def test_nothing_in_a_name_reaches_the_terminal_as_a_command(
 
 def child(*arguments: str, **environment: str) -> list[str]:
     return [
-        *("env", f"PYTHONPATH={Path(cli.__file__).parents[1]}"),
+        *("env", f"PYTHONPATH={ROOT}"),
         *(f"{name}={value}" for name, value in environment.items()),
         *(sys.executable, "-m", "sglang_weight_hook", *arguments),
     ]
@@ -563,7 +556,7 @@ def test_whatever_stands_in_the_files_no_command_fails_with_a_traceback(
     run: Run, runner: FakeRunner, maps: Path, tmp_path: Path
 ) -> None:
     update(runner)
-    names = [name.format(0) for name in publish.DOCUMENTS]
+    names = [name.format(0) for name in files.DOCUMENTS]
     good = {name: json.loads((maps / name).read_bytes()) for name in names}
     saved = tmp_path / "saved.json"
     page = tmp_path / "map.html"
@@ -571,18 +564,18 @@ def test_whatever_stands_in_the_files_no_command_fails_with_a_traceback(
     @settings(deadline=None, max_examples=30, phases=[Phase.generate])
     @given(st.data())
     def garble(data: st.DataObject) -> None:
-        files = copy.deepcopy(good)
+        contents = copy.deepcopy(good)
         for _ in range(data.draw(st.integers(1, 3))):
             name = data.draw(st.sampled_from(names[-2:] * 3 + names))
-            path = data.draw(st.sampled_from(places(files[name])[1:] or [()]))
-            inside: Any = files[name]
+            path = data.draw(st.sampled_from(places(contents[name])[1:] or [()]))
+            inside: Any = contents[name]
             for key in path[:-1]:
                 inside = inside[key]
             if path:
                 inside[path[-1]] = data.draw(JSON)
-        for name, content in files.items():
+        for name, content in contents.items():
             (maps / name).write_text(json.dumps(content))
-        shutil.copy(maps / publish.LAYOUT.format(0), saved)
+        shutil.copy(maps / files.LAYOUT.format(0), saved)
         for source in ("0", saved):
             for command in (["show"], ["regions"], ["lookup", "4096"], ["verify"]):
                 for more in ([], ["--json"]):
@@ -619,7 +612,8 @@ def test_without_the_extra_one_sentence_tells_what_to_install(name: str, run_pyt
 def test_reading_from_python_needs_neither_typer_nor_rich(run_python: Any) -> None:
     code = (
         "import sys, sglang_weight_hook as hook, sglang_weight_hook.__main__;"
-        "from sglang_weight_hook import doctor, totals, verify;"
+        "from sglang_weight_hook.commands import diagnosis;"
+        "from sglang_weight_hook.reader import totals, verify;"
         "hook.open_slot('x', '0');"
         "assert not [n for n in ('typer', 'rich', 'click', 'torch') if n in sys.modules]"
     )
@@ -659,7 +653,7 @@ def test_wrong_usage_is_two(arguments: list[str], run: Run) -> None:
 
 
 def test_sizes_are_for_people() -> None:
-    assert [cli._size(value) for value in (0, 1023, 1024, 15 << 30, 3 << 40, 5 << 50, None)] == [
+    assert [size_text(value) for value in (0, 1023, 1024, 15 << 30, 3 << 40, 5 << 50, None)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sglang_weight_hook import capture as capture_module
-from sglang_weight_hook import cuda_driver, document
+from sglang_weight_hook.publisher import capture as capture_module
+from sglang_weight_hook.publisher import cuda_driver, document
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -261,7 +261,7 @@ def on_a_fake_gpu(memory: Memory) -> Iterator[int]:
     """The arena is device memory; its address."""
     address = torch.frombuffer(memory.arena, dtype=torch.uint8).data_ptr()
     library = FakeCuda(address, memory.pieces)
-    row = capture_module._row
+    row = capture_module.row_of
 
     def cuda_row(kind: str, tensor: Any, device_type: str) -> Any:
         return row(kind, tensor, "cpu")._replace(device="cuda:0")
@@ -269,7 +269,7 @@ def on_a_fake_gpu(memory: Memory) -> Iterator[int]:
     with (
         mock.patch.object(cuda_driver, "_library", return_value=library),
         mock.patch.object(cuda_driver, "is_initialised", return_value=True),
-        mock.patch.object(capture_module, "_row", cuda_row),
+        mock.patch.object(capture_module, "row_of", cuda_row),
     ):
         yield address
     assert library.retained == []

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from sglang_weight_hook import publish, recorder
-from sglang_weight_hook.diff import Diff, diff
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import recorder
 from sglang_weight_hook.reader import open_slot
+from sglang_weight_hook.reader.diff import Diff, diff
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -282,7 +283,7 @@ def test_a_diff_backwards_has_added_and_removed_exchanged(one: Any, other: Any) 
 
 
 def layout_of(maps: Path) -> Any:
-    return json.loads((maps / publish.LAYOUT.format("0")).read_bytes())
+    return json.loads((maps / files.LAYOUT.format("0")).read_bytes())
 
 
 @pytest.fixture

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 import sglang_weight_hook_patch_core as core
-from sglang_weight_hook import doctor
-from sglang_weight_hook.doctor import BAD, GOOD, NOTE, Diagnosis, Sources
+from sglang_weight_hook.commands import diagnosis as doctor
+from sglang_weight_hook.commands.diagnosis import BAD, GOOD, NOTE, Diagnosis
+from sglang_weight_hook.commands.sglang_sources import Sources
+from sglang_weight_hook.layout import variables
 
-ROOT = Path(doctor.__file__).parents[1]
+ROOT = Path(doctor.__file__).parents[2]
 
 
 def texts(found: Diagnosis, topic: str, level: str | None = None) -> list[str]:
@@ -213,7 +215,7 @@ def test_a_finder_that_is_asked_first_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 DIAGNOSE = """
 import json, sys
-from sglang_weight_hook import doctor
+from sglang_weight_hook.commands import diagnosis as doctor
 json.dump(doctor.diagnose().as_dict(), sys.stdout)
 """
 
@@ -277,7 +279,7 @@ def test_variables_are_listed_and_strange_ones_noted(monkeypatch: pytest.MonkeyP
     assert any("SGLANG_WEIGHT_HOOK_DIRECTORY is set, and no variable" in text for text in notes)
     assert any("'soon' is no number of seconds" in text for text in notes)
     assert "SGLANG_WEIGHT_HOOK_DIR" in found.data["environment"]
-    assert set(doctor._known_variables()) <= set(found.data["environment"])
+    assert {known.name for known in variables.VARIABLES} <= set(found.data["environment"])
 
 
 def test_the_off_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

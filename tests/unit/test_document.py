@@ -12,8 +12,9 @@ from fake_sglang import FakeRunner, load, settle, update, walk_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_weight_hook import capture as capture_module
-from sglang_weight_hook import document, publish, recorder
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import capture as capture_module
+from sglang_weight_hook.publisher import document, publish, recorder
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -71,24 +72,24 @@ def test_weights_meta_has_every_name_of_named_parameters_also_over_one_memory(
     runner.model.head2 = nn.Linear(4, 7, bias=False)
     runner.model.head2.weight = nn.Parameter(runner.model.lm_head.weight.data)
     load(runner)
-    assert published(maps, publish.WEIGHTS_META) == seeds_own(runner.model, False)
-    assert list(published(maps, publish.WEIGHTS_META)) == list(seeds_own(runner.model, False))
+    assert published(maps, files.WEIGHTS_META) == seeds_own(runner.model, False)
+    assert list(published(maps, files.WEIGHTS_META)) == list(seeds_own(runner.model, False))
 
 
 def test_total_weight_meta_is_gib_per_device(runner: FakeRunner, maps: Path) -> None:
     load(runner)
     size = sum(p.numel() * p.element_size() for p in runner.model.parameters())
-    assert published(maps, publish.TOTAL_META) == {"cpu": size / 1024**3}
+    assert published(maps, files.TOTAL_META) == {"cpu": size / 1024**3}
 
 
 def test_the_update_summary_has_the_prototypes_fields(runner: FakeRunner, maps: Path) -> None:
     load(runner)
     before = time.time()
     update(runner)
-    summary = published(maps, publish.SUMMARY)
+    summary = published(maps, files.SUMMARY)
     stamp = summary["update_timestamp"]
     assert before <= stamp <= time.time()
-    totals = published(maps, publish.TOTAL_META)
+    totals = published(maps, files.TOTAL_META)
     assert list(summary.items()) == [
         ("update_timestamp", stamp),
         (
@@ -105,14 +106,14 @@ def test_the_update_summary_has_the_prototypes_fields(runner: FakeRunner, maps: 
 
 def test_merged_weights_are_the_regions_with_their_names(runner: FakeRunner, maps: Path) -> None:
     load(runner)
-    merged = published(maps, publish.MERGED)
+    merged = published(maps, files.MERGED)
     assert {tuple(entry) for entry in merged} == {("ptr", "size", "device", "weights")}
     assert [(e["ptr"], e["size"], e["device"], e["weights"]) for e in merged] == [
         (r["ptr"], r["size"], r["device"], r["tensors"])
-        for r in published(maps, publish.LAYOUT)["regions"]
+        for r in published(maps, files.LAYOUT)["regions"]
     ]
     assert sorted(name for entry in merged for name in entry["weights"]) == sorted(
-        name for name, entry in published(maps, publish.LAYOUT)["tensors"].items() if entry["size"]
+        name for name, entry in published(maps, files.LAYOUT)["tensors"].items() if entry["size"]
     )
 
 
@@ -173,7 +174,7 @@ EVENT_FIELDS = {
 def test_the_layout_has_every_field_of_the_contract(runner: FakeRunner, maps: Path) -> None:
     load(runner)
     settle()
-    layout = published(maps, publish.LAYOUT)
+    layout = published(maps, files.LAYOUT)
     assert (layout["schema"], layout["schema_version"]) == ("sglang-weight-layout", 1)
     assert (layout["layout_generation"], layout["content_generation"]) == (1, 1)
     assert layout["state"] == "ready"
@@ -197,9 +198,9 @@ def test_the_layout_has_every_field_of_the_contract(runner: FakeRunner, maps: Pa
 def test_the_validation_counts_what_the_model_holds(runner: FakeRunner, maps: Path) -> None:
     runner.model.sparse = torch.eye(2).to_sparse()
     load(runner)
-    assert published(maps, publish.LAYOUT)["validation"]["named_parameters"] is None
+    assert published(maps, files.LAYOUT)["validation"]["named_parameters"] is None
     settle()
-    validation = published(maps, publish.LAYOUT)["validation"]
+    validation = published(maps, files.LAYOUT)["validation"]
     assert validation["expected"] == {"parameter": 4, "buffer": 3, "attribute": 2, "lora": 0}
     assert validation["captured"] == {"parameter": 3, "buffer": 3, "attribute": 1}
     assert (validation["aliases"], validation["named_parameters"]) == (1, 3)
@@ -208,7 +209,7 @@ def test_the_validation_counts_what_the_model_holds(runner: FakeRunner, maps: Pa
 
 def test_the_kinds_and_the_aliases_are_in_the_layout(runner: FakeRunner, maps: Path) -> None:
     load(runner)
-    tensors = published(maps, publish.LAYOUT)["tensors"]
+    tensors = published(maps, files.LAYOUT)["tensors"]
     assert tensors["embed_tokens.weight"]["aliases"] == ["lm_head.weight"]
     assert tensors["w_kc"]["kind"] == "attribute"
     assert tensors["w_kc"]["stride"] == [1, 4]

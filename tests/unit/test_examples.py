@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from sglang_weight_hook import publish
+from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import open_slot
 
 pytest.importorskip("torch")
@@ -172,7 +172,7 @@ def test_c_holds_no_lock_and_leaves_no_file_behind(
     before = sorted(os.listdir(publisher.maps))
     run_c(print_regions, publisher.maps)
     assert sorted(os.listdir(publisher.maps)) == before
-    with open(publisher.slot.path(publish.SAVING_LOCK), "rb") as file:
+    with open(publisher.slot.path(files.SAVING_LOCK), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -305,7 +305,7 @@ def test_the_shell_loop_prints_a_line_for_each_change(
     while seen[-1][0] == "updating":
         seen.append(line())
     assert seen[-1] == ("ready", layout + 1, content + 2)
-    os.unlink(publisher.slot.path(publish.STATE))
+    os.unlink(publisher.slot.path(files.STATE))
     assert loop.stdout.readline() == "gone\n"
 
 
@@ -390,7 +390,7 @@ def test_other_pages_behind_the_same_addresses_are_registered_again(
     assert registrar.look()["why"] == "first look"
     before = dict(library.regions)
     assert registrar.look() is None
-    path = Path(publisher.slot.path(publish.STATE))
+    path = Path(publisher.slot.path(files.STATE))
     state = json.loads(path.read_bytes())
     path.write_text(json.dumps({**state, "physical_epoch": state.get("physical_epoch", 0) + 1}))
     done = registrar.look()
@@ -400,7 +400,7 @@ def test_other_pages_behind_the_same_addresses_are_registered_again(
 
 
 def test_the_python_example_says_what_is_wrong(publisher: Publisher) -> None:
-    os.unlink(publisher.slot.path(publish.STATE))
+    os.unlink(publisher.slot.path(files.STATE))
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "register_regions.py"), str(publisher.maps), "0"],
         capture_output=True,

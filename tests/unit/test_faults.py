@@ -26,7 +26,8 @@ import pytest
 from fake_sglang import FakeRunner, walk_json
 
 import sglang_weight_hook_patch_core as core
-from sglang_weight_hook import publish, reader
+from sglang_weight_hook import reader
+from sglang_weight_hook.layout import files
 
 torch = pytest.importorskip("torch")
 
@@ -308,7 +309,7 @@ def test_files_removed_while_the_server_runs_are_made_again_by_the_next_bucket(
 
 # --- planted names ------------------------------------------------------------------------
 
-NAMES = [name.format(0) for name in publish.DOCUMENTS]
+NAMES = [name.format(0) for name in files.DOCUMENTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -330,7 +331,7 @@ def test_a_link_at_a_documents_name_is_replaced_and_never_followed(
     assert len(everything_parses(maps)) == 6
 
 
-@pytest.mark.parametrize("lock", [publish.SAVING_LOCK, publish.OWNER_LOCK])
+@pytest.mark.parametrize("lock", [files.SAVING_LOCK, files.OWNER_LOCK])
 @pytest.mark.parametrize("kind", ["victim", "nowhere", "fifo", "directory"])
 def test_something_else_at_a_locks_name(
     lock: str,
@@ -354,7 +355,7 @@ def test_something_else_at_a_locks_name(
     assert victim.read_text() == "precious"
     assert not (tmp_path / "nowhere").exists()
     everything_parses(maps)
-    if lock == publish.SAVING_LOCK:
+    if lock == files.SAVING_LOCK:
         state = json.loads((maps / "weight_state_0.json").read_bytes())
         assert state["lock"].startswith("unavailable")
 
@@ -404,7 +405,7 @@ def test_a_parameter_walk_that_raises_withdraws_the_map_and_says_it_once(
         raise RuntimeError("dictionary changed size during iteration")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sglang_weight_hook.capture._walk_model", fail)
+        patch.setattr("sglang_weight_hook.publisher.capture.walk_model", fail)
         use(runner)
     state = json.loads((maps / "weight_state_0.json").read_bytes())
     assert state["state"] == "failed"

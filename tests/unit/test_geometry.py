@@ -9,8 +9,8 @@ from typing import NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_weight_hook import geometry
-from sglang_weight_hook.geometry import merge, touched_bytes
+from sglang_weight_hook.layout import geometry
+from sglang_weight_hook.layout.geometry import merge, touched_bytes
 
 
 def consecutive(regions: list[geometry.Region]) -> list[tuple[geometry.Region, geometry.Region]]:

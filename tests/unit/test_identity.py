@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from fake_sglang import FakeConfig, FakeRunner
 
-from sglang_weight_hook import __version__, identity
+from sglang_weight_hook import __version__
+from sglang_weight_hook.layout import process
+from sglang_weight_hook.publisher import identity
 
 RANKS = {
     "tp_rank": 3,
@@ -141,34 +143,34 @@ def test_the_identity_of_a_runner_is_plain_json(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_process_is_told_from_a_later_one_with_its_pid() -> None:
-    own = identity.process_identity()
+    own = process.identity()
     assert own["pid"] == os.getpid()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        ticks = identity.start_ticks(child.pid)
+        ticks = process.start_ticks(child.pid)
         assert ticks is not None
         assert ticks >= own["process_start_ticks"]
     finally:
         child.communicate(b"\n")
-    assert identity.start_ticks(child.pid) is None
+    assert process.start_ticks(child.pid) is None
 
 
 def test_a_command_with_spaces_and_parentheses_does_not_hide_the_start_time(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = " ".join(str(number) for number in range(3, 53))
-    monkeypatch.setattr(identity, "_read", lambda path: f"77 (a) b (c) {fields}")
-    assert identity.start_ticks(77) == 22
+    monkeypatch.setattr(process, "_read", lambda path: f"77 (a) b (c) {fields}")
+    assert process.start_ticks(77) == 22
 
 
 def test_what_linux_alone_has_is_null_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "_read", lambda path: None)
+    monkeypatch.setattr(process, "_read", lambda path: None)
 
     def no_link(path: str) -> str:
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(os, "readlink", no_link)
-    found = identity.process_identity()
+    found = process.identity()
     assert found["boot_id"] is None
     assert found["process_start_ticks"] is None
     assert found["pid_namespace"] is None

@@ -23,7 +23,9 @@ from typing import Any
 import pytest
 from fake_sglang import FakeRunner, load, settle
 
-from sglang_weight_hook import identity, publish, settings
+from sglang_weight_hook.layout import files, location
+from sglang_weight_hook.layout import process as owner
+from sglang_weight_hook.publisher import identity, publish
 from sglang_weight_hook.reader import open_directory, open_slot
 
 pytest.importorskip("torch")
@@ -33,7 +35,7 @@ PUBLISHER = """
 import json, os, socket, sys
 import torch
 from fake_sglang import FakeRunner, load, settle, update
-from sglang_weight_hook import recorder
+from sglang_weight_hook.publisher import recorder
 
 gpu_id, size = int(sys.argv[1]), int(sys.argv[2])
 runner = FakeRunner(torch.nn.Linear(size, 3), gpu_id=gpu_id)
@@ -266,7 +268,7 @@ def test_a_host_name_that_is_no_file_name_still_makes_one(
     publisher()
     monkeypatch.setattr(socket, "gethostname", lambda: "../no de/ß")
     own = publish.Slot(str(maps), "0", 0.0)
-    assert Path(own.path(publish.STATE)).parent == maps
+    assert Path(own.path(files.STATE)).parent == maps
     assert own.name == f"0..._no_de__-{os.getpid()}"
     own.abandon()
 
@@ -276,7 +278,7 @@ def test_a_host_name_that_is_no_file_name_still_makes_one(
 
 def retell(maps: Path, slot: str, **identity_of: object) -> None:
     """Change who a slot's documents say they are of."""
-    for name in (publish.STATE, publish.LAYOUT):
+    for name in (files.STATE, files.LAYOUT):
         path = maps / name.format(slot)
         document = json.loads(path.read_bytes())
         document.update({k: v for k, v in identity_of.items() if k in document})
@@ -287,7 +289,7 @@ def retell(maps: Path, slot: str, **identity_of: object) -> None:
 
 def hide_the_owner_lock(maps: Path, slot: str = "0") -> None:
     """Leave the reader nothing but what the document says: the lock file can't be opened."""
-    path = maps / publish.OWNER_LOCK.format(slot)
+    path = maps / files.OWNER_LOCK.format(slot)
     path.unlink()
     path.symlink_to(path.name)
 
@@ -342,7 +344,7 @@ def test_start_times_of_two_processes_with_one_pid_differ_by_clock_ticks(
     second = publisher(1)
     ticks = [one.slot.read_state()["process_start_ticks"] for one in (first, second)]
     assert ticks[0] < ticks[1]
-    assert ticks == [identity.start_ticks(one.said["pid"]) for one in (first, second)]
+    assert ticks == [owner.start_ticks(one.said["pid"]) for one in (first, second)]
 
 
 def test_a_new_server_takes_nothing_over_from_a_dead_one_with_its_pid(
@@ -486,4 +488,4 @@ def test_one_visible_device_per_process_is_told_apart_by_what_is_visible(
 def test_a_directory_named_after_the_process_is_its_own(maps: Path) -> None:
     value = str(maps / "{hostname}" / "{pid}")
     expected = str(maps / socket.gethostname() / str(os.getpid()))
-    assert settings.directory_from(value, "/") == expected
+    assert location.directory_from(value, "/") == expected

@@ -17,8 +17,9 @@ from fake_sglang import FakeRunner, load, settle, update
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_weight_hook import cuda_driver, memory, publish, recorder
-from sglang_weight_hook.memory import Allocator, Device, account, allocator, reconcile
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import cuda_driver, memory, recorder
+from sglang_weight_hook.publisher.memory import Allocator, Device, account, allocator, reconcile
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -271,7 +272,7 @@ def storages(*tensors: Any) -> dict[int, int]:
 
 
 def layout_of(maps: Path, slot: str) -> Any:
-    return json.loads((maps / publish.LAYOUT.format(slot)).read_bytes())
+    return json.loads((maps / files.LAYOUT.format(slot)).read_bytes())
 
 
 def test_a_shared_embedding_and_kv_pool_are_counted_once(maps: Path) -> None:

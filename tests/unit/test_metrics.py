@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sglang_weight_hook import metrics, once
+from sglang_weight_hook.publisher import metrics, once
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,7 @@ import json, sys
 from types import SimpleNamespace
 if {client!r} == "before":
     import prometheus_client
-from sglang_weight_hook import metrics
+from sglang_weight_hook.publisher import metrics
 runner = SimpleNamespace(server_args=SimpleNamespace(enable_metrics={enabled!r}))
 for number, more in enumerate(json.loads(sys.argv[1])):
     if {client!r} == "late" and number == 1:

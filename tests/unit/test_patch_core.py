@@ -21,7 +21,7 @@ import fake_sglang
 import pytest
 
 import sglang_weight_hook_patch_core as core
-from sglang_weight_hook import recorder
+from sglang_weight_hook.publisher import recorder
 
 
 class Call(NamedTuple):

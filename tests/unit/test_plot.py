@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from sglang_weight_hook import plot
+from sglang_weight_hook.commands.render import page as plot
 
 BASE = 0x7F20_0000_0000
 MIB = 1 << 20

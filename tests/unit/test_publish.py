@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_weight_hook import publish
-from sglang_weight_hook.publish import Slot
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import publish
+from sglang_weight_hook.publisher.publish import Slot
 
 StartPython = Callable[..., "subprocess.Popen[str]"]
 
-NAMES = [name.format(0) for name in publish.DOCUMENTS]
+NAMES = [name.format(0) for name in files.DOCUMENTS]
 TEMPORARY = f".weight_state_0.json.tmp-{os.getpid()}"
 OWN = f"0.{socket.gethostname()}-{os.getpid()}"
 
@@ -65,11 +66,11 @@ def test_both_encoders_write_the_same_document(
 def test_a_document_is_replaced_by_a_new_file_and_never_written_through(
     slot: Slot, maps: Path
 ) -> None:
-    slot.write(publish.STATE, {"generation": 1})
+    slot.write(files.STATE, {"generation": 1})
     path = maps / "weight_state_0.json"
     os.link(path, maps / "hard link")
     with open(path, "rb") as file:
-        slot.write(publish.STATE, {"generation": 2})
+        slot.write(files.STATE, {"generation": 2})
         assert json.loads(file.read()) == {"generation": 1}
     assert json.loads((maps / "hard link").read_bytes()) == {"generation": 1}
     assert json.loads(path.read_bytes()) == {"generation": 2}
@@ -82,7 +83,7 @@ def test_a_document_can_be_read_by_others_and_written_by_the_owner_alone(
 ) -> None:
     mask = os.umask(0)
     try:
-        slot.write(publish.STATE, {})
+        slot.write(files.STATE, {})
     finally:
         os.umask(mask)
     assert stat.S_IMODE((maps / "weight_state_0.json").stat().st_mode) == 0o644
@@ -95,7 +96,7 @@ def test_a_planted_link_is_replaced_and_never_followed(
 ) -> None:
     (tmp_path / "victim").write_text("precious")
     (maps / planted).symlink_to(tmp_path / target)
-    slot.write(publish.STATE, {"a": 1})
+    slot.write(files.STATE, {"a": 1})
     assert (tmp_path / "victim").read_text() == "precious"
     assert not (tmp_path / "nowhere").exists()
     assert not (maps / "weight_state_0.json").is_symlink()
@@ -107,7 +108,7 @@ def test_a_directory_in_the_temporary_files_place_fails_and_stays(slot: Slot, ma
     (maps / TEMPORARY).mkdir()
     slot_path = maps / "weight_state_0.json"
     with pytest.raises(OSError, match="directory"):
-        slot.write(publish.STATE, {})
+        slot.write(files.STATE, {})
     assert not slot_path.exists()
     assert (maps / TEMPORARY).is_dir()
 
@@ -116,7 +117,7 @@ def test_a_directory_in_the_temporary_files_place_fails_and_stays(slot: Slot, ma
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(
     call: str, slot: Slot, maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slot.write(publish.STATE, {"generation": 1})
+    slot.write(files.STATE, {"generation": 1})
     really = getattr(os, call)
 
     def fail(*arguments: Any) -> None:
@@ -127,15 +128,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
         with pytest.raises(OSError, match="disk full"):
-            slot.write(publish.STATE, {"generation": 2})
+            slot.write(files.STATE, {"generation": 2})
     assert json.loads((maps / "weight_state_0.json").read_bytes()) == {"generation": 1}
     assert not (maps / TEMPORARY).exists()
 
 
 def test_removing_what_is_not_there_is_no_error(slot: Slot, maps: Path) -> None:
-    slot.write(publish.STATE, {})
-    slot.remove(publish.STATE)
-    slot.remove(publish.STATE)
+    slot.write(files.STATE, {})
+    slot.remove(files.STATE)
+    slot.remove(files.STATE)
     assert not (maps / "weight_state_0.json").exists()
 
 
@@ -218,10 +219,11 @@ def test_a_file_system_without_locks_is_said_and_survived(
 
 OWNER = """
 import os, sys
-from sglang_weight_hook import publish
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import publish
 slot = publish.Slot(os.environ["SGLANG_WEIGHT_HOOK_DIR"], "0", 0.01)
 slot.lock()
-for name in publish.DOCUMENTS:
+for name in files.DOCUMENTS:
     slot.write(name, {"pid": os.getpid()})
 open(os.path.join(slot.directory, f".weight_layout_{slot.name}.json.tmp-{os.getpid()}"), "w")
 print(slot.name, flush=True)
@@ -254,7 +256,7 @@ def test_a_slot_of_a_live_process_sends_the_newcomer_elsewhere_and_says_so(
     assert len(caplog.messages) == 1
     assert "slot 0" in caplog.messages[0]
     assert OWN in caplog.messages[0]
-    newcomer.write(publish.STATE, {"pid": os.getpid()})
+    newcomer.write(files.STATE, {"pid": os.getpid()})
     assert json.loads((maps / "weight_state_0.json").read_bytes()) == {"pid": owner.pid}
     assert len(list(maps.glob("*_0.json"))) == 6
     newcomer.abandon()
@@ -329,7 +331,7 @@ def test_a_forked_child_does_not_keep_the_slot_of_a_killed_parent(
         """
 import os, sys, signal
 from fake_sglang import FakeRunner
-from sglang_weight_hook import recorder
+from sglang_weight_hook.publisher import recorder
 runner = FakeRunner()
 recorder.begin("load_model", "load", [runner])
 child = os.fork()
@@ -360,10 +362,10 @@ def test_two_processes_in_one_directory_never_mix_their_files(
     assert sorted(map(len, names.values()))[0] == 1
     for _ in range(20):
         for process in (first, second):
-            code = "[slot.write(name, {'pid': os.getpid()}) for name in publish.DOCUMENTS]"
+            code = "[slot.write(name, {'pid': os.getpid()}) for name in files.DOCUMENTS]"
             assert tell(process, code) == "done"
     for pid, name in names.items():
-        for document in publish.DOCUMENTS:
+        for document in files.DOCUMENTS:
             path = maps / document.format(name)
             assert json.loads(path.read_bytes()) == {"pid": pid}
 

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 import sglang_weight_hook
-from sglang_weight_hook import identity, publish, reader
+from sglang_weight_hook import reader
+from sglang_weight_hook.layout import files, process
+from sglang_weight_hook.publisher import publish
 from sglang_weight_hook.reader import HookError, open_directory, open_slot
 
-IDENTITY = identity.process_identity()
+IDENTITY = process.identity()
 
 
 def a_layout(generation: int = 1, **more: Any) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def put(maps: Path) -> Callable[..., Path]:
 
     def put(layout: Any = None, state: Any = None) -> Path:
         maps.mkdir(exist_ok=True)
-        for name, content in ((publish.LAYOUT, layout), (publish.STATE, state)):
+        for name, content in ((files.LAYOUT, layout), (files.STATE, state)):
             if content is not None:
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 (maps / name.format(0)).write_bytes(data)
@@ -103,20 +105,21 @@ def test_a_layout_that_changes_between_two_looks_at_the_state_is_read_again(
 
 WRITER = """
 import os, sys
-from sglang_weight_hook import identity, publish
-who = identity.process_identity()
+from sglang_weight_hook.layout import files, process
+from sglang_weight_hook.publisher import publish
+who = process.identity()
 slot = publish.Slot(os.environ["SGLANG_WEIGHT_HOOK_DIR"], "0", 1.0)
 generation = 0
 while True:
     generation += 1
     state = {"schema": "sglang-weight-state", "schema_version": 1, "state": "updating",
              "layout_generation": generation - 1, "content_generation": generation - 1, **who}
-    slot.write(publish.STATE, state)
-    slot.write(publish.LAYOUT, {
+    slot.write(files.STATE, state)
+    slot.write(files.LAYOUT, {
         "schema": "sglang-weight-layout", "schema_version": 1, "layout_generation": generation,
         "content_generation": generation, "state": "ready", "identity": who, "regions": [],
         "tensors": {f"w{i}": {"ptr": generation} for i in range(200)}})
-    slot.write(publish.STATE, {**state, "state": "ready", "layout_generation": generation,
+    slot.write(files.STATE, {**state, "state": "ready", "layout_generation": generation,
                                "content_generation": generation})
     if generation == 1:
         print("ready", flush=True)

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import a_runner, torch
 
-from sglang_weight_hook import publish, reader
+from sglang_weight_hook import reader
+from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import (
     Document,
     HookError,
@@ -29,8 +30,11 @@ from sglang_weight_hook.reader import (
     Slot,
     SpanIndex,
     Tensor,
+    names,
     open_file,
     open_slot,
+    spans,
+    tensors,
 )
 
 
@@ -373,7 +377,7 @@ def test_a_saved_copy_is_a_document_that_is_not_live(
     document: Document, maps: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "before.json"
-    copy.write_bytes((maps / publish.LAYOUT.format(0)).read_bytes())
+    copy.write_bytes((maps / files.LAYOUT.format(0)).read_bytes())
     saved = open_file(str(copy))
     assert saved.raw == document.raw
     assert saved.layout_generation == document.layout_generation
@@ -485,12 +489,12 @@ def test_whatever_stands_in_a_document_only_one_error_escapes(
         for key in path[:-1]:
             inside = inside[key]
         inside[path[-1]] = data.draw(JSON)
-    (folder / publish.LAYOUT.format(0)).write_text(json.dumps(documents["layout"]))
-    (folder / publish.STATE.format(0)).write_text(json.dumps(documents["state"]))
+    (folder / files.LAYOUT.format(0)).write_text(json.dumps(documents["layout"]))
+    (folder / files.STATE.format(0)).write_text(json.dumps(documents["state"]))
     slot = open_slot(str(folder), "0")
     for read in (
         lambda: slot.read(timeout=0),
-        lambda: open_file(str(folder / publish.LAYOUT.format(0))),
+        lambda: open_file(str(folder / files.LAYOUT.format(0))),
     ):
         with contextlib.suppress(HookError):
             use_everything(read())
@@ -509,7 +513,7 @@ def test_what_is_no_tensor_and_no_region_is_one_error(value: Any) -> None:
 
 def test_a_pipe_in_a_documents_place_does_not_keep_the_reader_waiting(maps: Path) -> None:
     maps.mkdir()
-    os.mkfifo(maps / publish.STATE.format(0))
+    os.mkfifo(maps / files.STATE.format(0))
     with pytest.raises(HookError, match="not JSON"):
         open_slot(str(maps), "0").read_state()
 
@@ -517,8 +521,9 @@ def test_a_pipe_in_a_documents_place_does_not_keep_the_reader_waiting(maps: Path
 def test_the_examples_of_the_pieces_hold() -> None:
     tests = [
         test
-        for test in doctest.DocTestFinder().find(reader, "reader")
-        if test.examples and test.name != "reader"
+        for module in (names, spans, tensors)
+        for test in doctest.DocTestFinder().find(module)
+        if test.examples
     ]
     assert len(tests) >= 4
     assert sum(doctest.DocTestRunner().run(test).failed for test in tests) == 0

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from fake_sglang import FakeRunner, event, load, settle, stream, update
 
-from sglang_weight_hook import document, publish, recorder, settings
+from sglang_weight_hook.layout import files, variables
+from sglang_weight_hook.publisher import document, publish, recorder, settings
 from sglang_weight_hook.reader import open_slot
 
 torch = pytest.importorskip("torch")
@@ -35,11 +36,11 @@ def read(maps: Path, name: str, slot: str = "0") -> Any:
 
 
 def state_of(maps: Path, slot: str = "0") -> Any:
-    return read(maps, publish.STATE, slot)
+    return read(maps, files.STATE, slot)
 
 
 def layout_of(maps: Path, slot: str = "0") -> Any:
-    return read(maps, publish.LAYOUT, slot)
+    return read(maps, files.LAYOUT, slot)
 
 
 def generations(maps: Path, slot: str = "0") -> tuple[int, int]:
@@ -49,7 +50,7 @@ def generations(maps: Path, slot: str = "0") -> tuple[int, int]:
 
 def lock_is_free(maps: Path, slot: str = "0") -> bool:
     """Whether a reader could take the shared lock now."""
-    with open(maps / publish.SAVING_LOCK.format(slot), "rb") as file:
+    with open(maps / files.SAVING_LOCK.format(slot), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,7 +135,7 @@ def test_the_end_of_a_deferred_load_changes_contents_and_keeps_loading(maps: Pat
     event("finalize_startup_weight_load", "commit", [runner])
     assert state_of(maps)["state"] == "loading"
     assert generations(maps) == (1, 2)
-    assert "updated" not in read(maps, publish.WEIGHTS_META)["0.weight"]
+    assert "updated" not in read(maps, files.WEIGHTS_META)["0.weight"]
     settle()
     assert state_of(maps)["state"] == "ready"
     assert generations(maps) == (1, 2)
@@ -162,7 +163,7 @@ def test_a_load_that_fails_publishes_failed_and_no_address(maps: Path) -> None:
     assert "no such model" in state["event"]["message"]
     assert layout["tensors"] == {}
     assert layout["regions"] == []
-    assert read(maps, publish.WEIGHTS_META) == {}
+    assert read(maps, files.WEIGHTS_META) == {}
 
 
 def test_memory_physically_released_is_released_until_it_is_resumed(
@@ -351,7 +352,7 @@ def test_a_session_after_which_all_is_where_it_was_rewrites_only_the_state(
     runner: FakeRunner, maps: Path
 ) -> None:
     a_session(runner)  # the first one marks the weights as updated
-    assert read(maps, publish.WEIGHTS_META)["0.weight"]["updated"]
+    assert read(maps, files.WEIGHTS_META)["0.weight"]["updated"]
     before, content = layout_file(maps), state_of(maps)["content_generation"]
     a_session(runner, lambda: runner.model[0].weight.data.fill_(2.0))
     assert layout_file(maps) == before
@@ -361,9 +362,9 @@ def test_a_session_after_which_all_is_where_it_was_rewrites_only_the_state(
 
 def test_a_session_renews_the_time_of_the_last_update(runner: FakeRunner, maps: Path) -> None:
     a_session(runner)
-    first = read(maps, publish.SUMMARY)
+    first = read(maps, files.SUMMARY)
     a_session(runner)
-    second = read(maps, publish.SUMMARY)
+    second = read(maps, files.SUMMARY)
     assert second["update_timestamp"] > first["update_timestamp"]
     assert second.keys() == first.keys()
     assert second["total_weights"] == first["total_weights"]
@@ -379,7 +380,7 @@ def test_what_a_call_may_have_written_whose_end_was_never_told_counts_as_changed
     event("release_memory_occupation", "release", [runner])
     assert state_of(maps)["state"] == "ready"
     assert generations(maps)[1] == content + 1
-    assert read(maps, publish.WEIGHTS_META)["0.weight"]["updated"]
+    assert read(maps, files.WEIGHTS_META)["0.weight"]["updated"]
     assert lock_is_free(maps)
 
 
@@ -412,7 +413,7 @@ def test_a_session_that_leaves_a_tensor_where_none_was_publishes_it(
 def test_a_session_renews_the_checksums_where_they_are_asked_for(
     runner: FakeRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(settings.CHECKSUM, "1")
+    monkeypatch.setenv(variables.CHECKSUM, "1")
     settings._settings = None
     for _ in range(2):
         a_session(runner, lambda: runner.model[0].weight.data.add_(1.0))
@@ -527,7 +528,7 @@ def test_a_bucket_that_moves_a_weight_publishes_everything(runner: FakeRunner, m
     assert generations(maps) == (2, 2)
     assert (
         layout_of(maps)["tensors"]["0.weight"]["ptr"]
-        == read(maps, publish.WEIGHTS_META)["0.weight"]["ptr"]
+        == read(maps, files.WEIGHTS_META)["0.weight"]["ptr"]
         == runner.model[0].weight.data_ptr()
     )
 
@@ -535,11 +536,11 @@ def test_a_bucket_that_moves_a_weight_publishes_everything(runner: FakeRunner, m
 def test_parameters_are_marked_as_updated_only_after_an_update(
     runner: FakeRunner, maps: Path
 ) -> None:
-    assert "updated" not in read(maps, publish.WEIGHTS_META)["0.weight"]
+    assert "updated" not in read(maps, files.WEIGHTS_META)["0.weight"]
     assert not (maps / "weight_update_summary_0.json").exists()
     update(runner)
-    assert all(entry["updated"] is True for entry in read(maps, publish.WEIGHTS_META).values())
-    assert read(maps, publish.SUMMARY)["total_weights"] == 4
+    assert all(entry["updated"] is True for entry in read(maps, files.WEIGHTS_META).values())
+    assert read(maps, files.SUMMARY)["total_weights"] == 4
 
 
 # --- whose event it is --------------------------------------------------------------------
@@ -692,7 +693,7 @@ def test_another_process_cannot_take_the_lock_during_the_call_and_can_afterwards
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A lock timeout of a moment, and the timeouts that were really waited."""
-    monkeypatch.setenv(settings.LOCK_TIMEOUT, "0.01")
+    monkeypatch.setenv(variables.LOCK_TIMEOUT, "0.01")
     waited: list[float] = []
     try_lock = publish.try_lock
 

@@ -20,9 +20,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import sglang_weight_hook_patch_core as core
-from sglang_weight_hook import capture as capture_module
-from sglang_weight_hook import cuda_driver, publish, recorder
-from sglang_weight_hook.diff import diff
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import capture as capture_module
+from sglang_weight_hook.publisher import cuda_driver, recorder
+from sglang_weight_hook.reader.diff import diff
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -93,11 +94,11 @@ def read(maps: Path, name: str, slot: str = "0") -> Any:
 
 
 def state_of(maps: Path, slot: str = "0") -> Any:
-    return read(maps, publish.STATE, slot)
+    return read(maps, files.STATE, slot)
 
 
 def layout_of(maps: Path, slot: str = "0") -> Any:
-    return read(maps, publish.LAYOUT, slot)
+    return read(maps, files.LAYOUT, slot)
 
 
 def standing(maps: Path, slot: str = "0") -> dict[str, Any]:
@@ -370,13 +371,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[int, int]]]:
         "allocation_kind",
         lambda base: "vmm" if any((base,) == p[0][:1] for p in known.values()) else None,
     )
-    row = capture_module._row
+    row = capture_module.row_of
     monkeypatch.setattr(
         capture_module,
-        "_row",
+        "row_of",
         lambda kind, tensor, device: row(kind, tensor, "cpu")._replace(device="cuda:0"),
     )
-    monkeypatch.setattr("sglang_weight_hook.memory.device", lambda device_type: None)
+    monkeypatch.setattr("sglang_weight_hook.publisher.memory.device", lambda device_type: None)
     return known
 
 

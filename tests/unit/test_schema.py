@@ -1,4 +1,4 @@
-"""What the recorder publishes is what ``sglang_weight_hook/schema`` says, and nothing else is.
+"""What the recorder publishes is what ``sglang_weight_hook/layout/schema`` says.
 
 Documents of the real recorder over real torch models; ``tests/real_sglang/test_schema.py`` has
 those of a real server.
@@ -17,14 +17,15 @@ import pytest
 from fake_sglang import FakeRunner, event, load, settle, stream, update, walk_json
 
 import sglang_weight_hook
-from sglang_weight_hook import capture, publish
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.publisher import capture
 
 torch = pytest.importorskip("torch")
 
-FOLDER = Path(sglang_weight_hook.__file__).parent / "schema"
+FOLDER = Path(sglang_weight_hook.__file__).parent / "layout" / "schema"
 SCHEMAS = {
-    publish.LAYOUT: json.loads((FOLDER / "weight_layout.schema.json").read_bytes()),
-    publish.STATE: json.loads((FOLDER / "weight_state.schema.json").read_bytes()),
+    files.LAYOUT: json.loads((FOLDER / "weight_layout.schema.json").read_bytes()),
+    files.STATE: json.loads((FOLDER / "weight_state.schema.json").read_bytes()),
 }
 
 
@@ -53,7 +54,7 @@ def check(maps: Path, slot: str = "0") -> dict[str, Any]:
         path = maps / name.format(slot)
         if path.exists():
             validator(name).validate(json.loads(path.read_bytes()))
-    state: dict[str, Any] = json.loads((maps / publish.STATE.format(slot)).read_bytes())
+    state: dict[str, Any] = json.loads((maps / files.STATE.format(slot)).read_bytes())
     return state
 
 
@@ -68,7 +69,7 @@ def runner(maps: Path) -> FakeRunner:
 @pytest.fixture
 def layout(runner: FakeRunner, maps: Path) -> dict[str, Any]:
     """A published layout to break."""
-    document: dict[str, Any] = json.loads((maps / publish.LAYOUT.format("0")).read_bytes())
+    document: dict[str, Any] = json.loads((maps / files.LAYOUT.format("0")).read_bytes())
     return document
 
 
@@ -136,7 +137,7 @@ def test_a_withdrawn_map_is_valid(
     monkeypatch.setattr(capture, "capture", fail)
     update(runner)
     assert check(maps)["state"] == "failed"
-    withdrawn = json.loads((maps / publish.LAYOUT.format("0")).read_bytes())
+    withdrawn = json.loads((maps / files.LAYOUT.format("0")).read_bytes())
     assert withdrawn["tensors"] == {}
 
 
@@ -165,7 +166,7 @@ def test_fields_of_a_later_release_are_valid(layout: dict[str, Any]) -> None:
     layout["identity"]["new"] = 1
     layout["memory"]["new_bytes"] = None
     next(iter(layout["tensors"].values()))["new"] = []
-    validator(publish.LAYOUT).validate(layout)
+    validator(files.LAYOUT).validate(layout)
 
 
 def first(layout: dict[str, Any]) -> dict[str, Any]:
@@ -202,24 +203,24 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_wrong_layout_is_refused(
     spoil: Callable[[dict[str, Any]], Any], layout: dict[str, Any]
 ) -> None:
-    validator(publish.LAYOUT).validate(layout)
+    validator(files.LAYOUT).validate(layout)
     wrong = copy.deepcopy(layout)
     spoil(wrong)
     with pytest.raises(jsonschema.ValidationError):
-        validator(publish.LAYOUT).validate(wrong)
+        validator(files.LAYOUT).validate(wrong)
 
 
-@pytest.mark.parametrize("field", SCHEMAS[publish.STATE]["required"])
+@pytest.mark.parametrize("field", SCHEMAS[files.STATE]["required"])
 def test_a_state_that_lacks_a_field_is_refused(field: str, runner: FakeRunner, maps: Path) -> None:
     state = check(maps)
     del state[field]
     with pytest.raises(jsonschema.ValidationError):
-        validator(publish.STATE).validate(state)
+        validator(files.STATE).validate(state)
 
 
 def test_every_field_that_is_published_is_described(layout: dict[str, Any], maps: Path) -> None:
     """A new field comes with its line in the schema (and in docs/format.md)."""
-    schema = SCHEMAS[publish.LAYOUT]
+    schema = SCHEMAS[files.LAYOUT]
     parts = schema["properties"]
     undescribed = set(layout) - set(parts)
     for part in ("identity", "event", "memory", "validation"):
@@ -230,7 +231,7 @@ def test_every_field_that_is_published_is_described(layout: dict[str, Any], maps
         undescribed |= set(tensor) - set(schema["$defs"]["tensor"]["properties"])
     for region in layout["regions"]:
         undescribed |= set(region) - set(schema["$defs"]["region"]["properties"])
-    undescribed |= set(check(maps)) - set(SCHEMAS[publish.STATE]["properties"])
+    undescribed |= set(check(maps)) - set(SCHEMAS[files.STATE]["properties"])
     assert not undescribed
 
 

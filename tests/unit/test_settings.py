@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_weight_hook import settings
+from sglang_weight_hook.layout import location, variables
+from sglang_weight_hook.publisher import settings
 
 
 def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,17 +31,17 @@ def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_the_directory_is_made_absolute(value: str, directory: str) -> None:
-    assert settings.parse({settings.DIRECTORY: value}, "/srv").directory == directory
+    assert settings.parse({location.DIRECTORY: value}, "/srv").directory == directory
 
 
 def test_host_and_process_are_filled_in() -> None:
-    found = settings.directory_from("/m/{hostname}/{pid}/{pid}", "/srv")
+    found = location.directory_from("/m/{hostname}/{pid}/{pid}", "/srv")
     assert found == f"/m/{socket.gethostname()}/{os.getpid()}/{os.getpid()}"
 
 
 def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert settings.directory_from("~/maps", "/srv") == "/home/me/maps"
+    assert location.directory_from("~/maps", "/srv") == "/home/me/maps"
 
 
 @pytest.mark.parametrize(
@@ -58,12 +59,12 @@ def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_timeout_that_makes_no_sense_is_the_default(value: str, seconds: float) -> None:
-    assert settings.parse({settings.LOCK_TIMEOUT: value}, "/srv").lock_timeout == seconds
+    assert settings.parse({variables.LOCK_TIMEOUT: value}, "/srv").lock_timeout == seconds
 
 
 @given(st.text(), st.text())
 def test_no_value_of_a_variable_raises(directory: str, timeout: str) -> None:
-    found = settings.parse({settings.DIRECTORY: directory, settings.LOCK_TIMEOUT: timeout}, "/srv")
+    found = settings.parse({location.DIRECTORY: directory, variables.LOCK_TIMEOUT: timeout}, "/srv")
     assert os.path.isabs(found.directory)
     assert 0.0 <= found.lock_timeout < 86400.0
 
@@ -71,7 +72,7 @@ def test_no_value_of_a_variable_raises(directory: str, timeout: str) -> None:
 def test_a_later_change_of_directory_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(settings.DIRECTORY, "maps")
+    monkeypatch.setenv(location.DIRECTORY, "maps")
     monkeypatch.chdir(tmp_path)
     first = settings.load()
     monkeypatch.chdir("/")
@@ -83,7 +84,7 @@ def test_a_later_change_of_directory_changes_nothing(
 def test_a_forked_child_has_its_own_process_in_the_directory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(settings.DIRECTORY, "/maps/{pid}")
+    monkeypatch.setenv(location.DIRECTORY, "/maps/{pid}")
     assert settings.load().directory == f"/maps/{os.getpid()}"
     child = os.fork()
     if child == 0:

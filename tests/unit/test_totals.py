@@ -9,8 +9,7 @@ import pytest
 from fake_sglang import settle
 from small_model import Model, a_runner
 
-from sglang_weight_hook import totals
-from sglang_weight_hook.reader import Document, HookError, Slot, open_slot
+from sglang_weight_hook.reader import Document, HookError, Slot, open_slot, totals
 
 GIB = 1 << 30
 

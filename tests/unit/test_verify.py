@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_model import a_runner, torch
 
-from sglang_weight_hook import publish, verify
-from sglang_weight_hook.reader import open_file, open_slot
-from sglang_weight_hook.verify import ERROR, WARNING
+from sglang_weight_hook.layout import files
+from sglang_weight_hook.reader import json_schema, open_file, open_slot, verify
+from sglang_weight_hook.reader.verify import ERROR, WARNING
 
 SCHEMAS = {
     name: json.loads(
-        (Path(verify.__file__).parent / "schema" / f"weight_{name}.schema.json").read_bytes()
+        (Path(files.__file__).parent / "schema" / f"weight_{name}.schema.json").read_bytes()
     )
     for name in ("layout", "state")
 }
@@ -65,7 +65,7 @@ def test_what_the_recorder_publishes_has_no_findings(runner: FakeRunner, maps: P
 
 
 def test_a_saved_copy_is_checked_by_itself(runner: FakeRunner, maps: Path) -> None:
-    verdict = verify.verify_file(open_file(str(maps / publish.LAYOUT.format(0))))
+    verdict = verify.verify_file(open_file(str(maps / files.LAYOUT.format(0))))
     assert verdict.good
     assert verdict.findings == []
 
@@ -99,7 +99,7 @@ def test_a_withdrawn_map_is_an_error(runner: FakeRunner, maps: Path) -> None:
 
 def test_missing_entry_points_and_a_lock_not_had_are_warnings(spoil: Spoil, maps: Path) -> None:
     spoil(
-        publish.STATE,
+        files.STATE,
         lambda state: state.update(missing=["x: Class.method"], missing_count=1, lock="timeout"),
     )
     assert findings(maps) == [(WARNING, "missing"), (WARNING, "lock")]
@@ -125,15 +125,15 @@ MLP = "layers.0.mlp.weight"
 
 FAULTS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "an address that its storage does not have": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["tensors"][MLP].update(ptr=layout["tensors"][MLP]["ptr"] + 4),
         "tensors",
     ),
-    "a size that is no number of elements": (publish.LAYOUT, of(MLP, size=145), "tensors"),
-    "a span that is too short": (publish.LAYOUT, of(MLP, span=8), "tensors"),
-    "a storage that is too small": (publish.LAYOUT, of(MLP, storage_size=8), "tensors"),
+    "a size that is no number of elements": (files.LAYOUT, of(MLP, size=145), "tensors"),
+    "a span that is too short": (files.LAYOUT, of(MLP, span=8), "tensors"),
+    "a storage that is too small": (files.LAYOUT, of(MLP, storage_size=8), "tensors"),
     "two storages that overlap": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["tensors"][MLP].update(
             ptr=layout["tensors"]["embed_tokens.weight"]["ptr"] + 200,
             storage_ptr=layout["tensors"]["embed_tokens.weight"]["ptr"] + 200,
@@ -141,44 +141,44 @@ FAULTS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         "overlaps",
     ),
     "weights inside the KV cache": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["memory"]["kv_cache"][0].update(
             storage_ptr=layout["tensors"][MLP]["ptr"] - 8
         ),
         "overlaps",
     ),
     "a region that is missing": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["regions"].pop() and None,
         "regions",
     ),
     "a region beyond its allocation": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["regions"][0].update(allocation_size=1),
         "regions",
     ),
     "a region twice": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["regions"].insert(0, layout["regions"][0]),
         "regions",
     ),
     "a region with a name that is none": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["regions"][0]["tensors"].append("nobody"),
         "regions",
     ),
     "totals that do not add up": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["totals"]["cpu"].update(tensor_bytes=1),
         "totals",
     ),
     "a KV cache that does not add up": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["memory"].update(kv_cache_bytes=1),
         "totals",
     ),
     "a device whose parts do not add up": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout["memory"].update(
             siblings_bytes=0,
             other_live_bytes=0,
@@ -190,41 +190,41 @@ FAULTS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         ),
         "totals",
     ),
-    "a field of another type": (publish.LAYOUT, of(MLP, shape="6x6"), "schema"),
-    "a kind that there is not": (publish.LAYOUT, of(MLP, kind="weight"), "schema"),
+    "a field of another type": (files.LAYOUT, of(MLP, shape="6x6"), "schema"),
+    "a kind that there is not": (files.LAYOUT, of(MLP, kind="weight"), "schema"),
     "a state with text for a number": (
-        publish.STATE,
+        files.STATE,
         lambda state: state.update(updated_at="now"),
         "schema",
     ),
     "a state of more than 2 KB": (
-        publish.STATE,
+        files.STATE,
         lambda state: state["event"].update(extra="x" * 2048),
         "state",
     ),
     "a state behind its layout": (
-        publish.LAYOUT,
+        files.LAYOUT,
         lambda layout: layout.update(content_generation=99),
         "generations",
     ),
     "another address in weights_meta": (
-        publish.WEIGHTS_META,
+        files.WEIGHTS_META,
         lambda meta: meta[MLP].update(ptr=1),
         "files",
     ),
     "a tensor that weights_meta lacks": (
-        publish.WEIGHTS_META,
+        files.WEIGHTS_META,
         lambda meta: meta.pop(MLP) and None,
         "files",
     ),
     "a tensor that only weights_meta has": (
-        publish.WEIGHTS_META,
+        files.WEIGHTS_META,
         lambda meta: meta.update(ghost=meta[MLP]),
         "files",
     ),
-    "another sum": (publish.TOTAL_META, lambda meta: meta.update(cpu=1.0), "files"),
-    "other merged spans": (publish.MERGED, lambda merged: merged[0].update(size=1), "files"),
-    "merged spans of no kind": (publish.MERGED, lambda merged: {"no": "list"}, "files"),
+    "another sum": (files.TOTAL_META, lambda meta: meta.update(cpu=1.0), "files"),
+    "other merged spans": (files.MERGED, lambda merged: merged[0].update(size=1), "files"),
+    "merged spans of no kind": (files.MERGED, lambda merged: {"no": "list"}, "files"),
 }
 
 
@@ -237,7 +237,7 @@ def test_a_fault_is_found(
     assert (ERROR, check) in findings(maps, timeout=0)
 
 
-@pytest.mark.parametrize("name", [publish.WEIGHTS_META, publish.TOTAL_META, publish.MERGED])
+@pytest.mark.parametrize("name", [files.WEIGHTS_META, files.TOTAL_META, files.MERGED])
 def test_a_file_that_is_missing_or_garbage_is_an_error(
     name: str, runner: FakeRunner, maps: Path
 ) -> None:
@@ -255,20 +255,20 @@ def test_a_storage_inside_another_is_only_a_warning(spoil: Spoil, maps: Path) ->
         outer = layout["tensors"]["embed_tokens.weight"]
         layout["tensors"][MLP].update(ptr=outer["ptr"] + 16, storage_ptr=outer["ptr"] + 16)
 
-    spoil(publish.LAYOUT, nest)
+    spoil(files.LAYOUT, nest)
     assert (WARNING, "overlaps") in findings(maps)
     assert (ERROR, "overlaps") not in findings(maps)
 
 
 def test_checksums_of_earlier_contents_are_a_warning(spoil: Spoil, maps: Path) -> None:
     checksums = {"algorithm": "wsum64", "content_generation": 0, "seconds": 0.1}
-    spoil(publish.LAYOUT, lambda layout: layout.update(checksums=checksums))
+    spoil(files.LAYOUT, lambda layout: layout.update(checksums=checksums))
     assert findings(maps) == [(WARNING, "checksums")]
 
 
 def test_many_findings_of_a_kind_are_cut_short(maps: Path) -> None:
     runner = a_runner(torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(10))))
-    path = maps / publish.LAYOUT.format(0)
+    path = maps / files.LAYOUT.format(0)
     layout = json.loads(path.read_bytes())
     for tensor in layout["tensors"].values():
         tensor["span"] = 1
@@ -299,7 +299,7 @@ def keywords(schema: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
 def test_every_keyword_of_the_schemas_is_understood(name: str) -> None:
-    assert keywords(SCHEMAS[name]) <= set(verify.KEYWORDS)
+    assert keywords(SCHEMAS[name]) <= set(json_schema.KEYWORDS)
 
 
 JSON = st.recursive(
@@ -320,8 +320,8 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def examples(runner: FakeRunner, maps: Path) -> dict[str, Any]:
     return {
-        "layout": json.loads((maps / publish.LAYOUT.format(0)).read_bytes()),
-        "state": json.loads((maps / publish.STATE.format(0)).read_bytes()),
+        "layout": json.loads((maps / files.LAYOUT.format(0)).read_bytes()),
+        "state": json.loads((maps / files.STATE.format(0)).read_bytes()),
     }
 
 
@@ -340,13 +340,13 @@ def test_it_agrees_with_jsonschema(examples: dict[str, Any]) -> None:
             del inside[path[-1]]
         else:
             inside[path[-1]] = data.draw(JSON)
-        ours = next(verify.violations(document, SCHEMAS[name]), None) is None
+        ours = next(json_schema.violations(document, SCHEMAS[name]), None) is None
         assert ours == judges[name].is_valid(document)
 
     agree()
 
 
 def test_the_examples_of_the_module_hold() -> None:
-    result = doctest.testmod(verify)
+    result = doctest.testmod(json_schema)
     assert result.attempted
     assert not result.failed

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from sglang_weight_hook import watch
-from sglang_weight_hook.reader import Slot
-from sglang_weight_hook.watch import DirectoryWatch
+from sglang_weight_hook.reader import Slot, watch
+from sglang_weight_hook.reader.watch import DirectoryWatch
 
 BOTH = pytest.mark.parametrize("kernel", [True, False], ids=["inotify", "polling"])
 
@@ -164,7 +163,7 @@ def test_in_a_forked_child_a_watch_of_the_parent_closes_nobody_elses_file(
 ) -> None:
     code = """
 import os, sys
-from sglang_weight_hook.watch import DirectoryWatch
+from sglang_weight_hook.reader.watch import DirectoryWatch
 watch = DirectoryWatch(sys.argv[1])
 if not watch.kernel:
     sys.exit()

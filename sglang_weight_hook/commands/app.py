@@ -1,0 +1,106 @@
+"""The command ``sglang-weight-hook``: what the reader finds, for people and for scripts.
+
+Exit status of every command: 0, or 1 with one sentence on stderr if there is no answer, 2 for
+wrong usage, and 3 for an answer that a script has to act on (``diff``: register again;
+``verify``, ``doctor``: something is wrong; ``lookup``: nothing is there; ``watch --timeout``:
+too few events).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..reader import HookError
+from .render.text import complain
+
+NO_ANSWER, USAGE, ACT = 1, 2, 3
+
+
+class Misused(Exception):
+    """Wrong usage; the message says what is right."""
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: the same in a terminal, a pipe and a log
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Where the weights of a running SGLang lie, and whether that is still true.",
+    epilog=(
+        "Exit status: 0 done; 1 no answer, stderr says why; 2 wrong usage; 3 an answer to act "
+        "on (see the command's help).  A SLOT is 0, 1, 0_draft, ...; where a command takes one "
+        "slot, the only one there is need not be named, and a saved copy of a "
+        "weight_layout_SLOT.json may be given instead."
+    ),
+)
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names that the terminal's encoding lacks are shown with escapes, not with a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    invoked = os.path.basename(sys.argv[0])
+    name = "python -m sglang_weight_hook" if invoked == "__main__.py" else "sglang-weight-hook"
+    try:
+        app(prog_name=name)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
+    return 0
+
+
+def command(name: str, show: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a command: its examples go into its help, its errors become one sentence."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                status = function(*args, **kwargs) or 0
+                sys.stdout.flush()
+            except Misused as error:
+                complain(str(error))
+                status = USAGE
+            except HookError as error:
+                complain(str(error))
+                status = NO_ANSWER
+            except BrokenPipeError:
+                # Who pipes us into `head` has seen enough.  What Python still has to write
+                # when it ends must find somewhere to go.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                status = 0
+            except OSError as error:
+                where = f" ({error.filename})" if error.filename else ""
+                complain(f"{error.strerror or error}{where}; give another place")
+                status = NO_ANSWER
+            except KeyboardInterrupt:
+                status = 130
+            raise typer.Exit(status)
+
+        text = (function.__doc__ or "").strip()
+        body = "\n".join(line.strip() for line in text.splitlines())
+        run.__doc__ = (
+            body + "\n\n\b\nExamples:\n" + "\n".join("  " + line for line in show.split("\n"))
+        )
+        app.command(name)(run)
+        return run
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        sys.stdout.write(f"sglang-weight-hook {__version__}\n")
+        raise typer.Exit(0)

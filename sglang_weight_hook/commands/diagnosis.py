@@ -1,0 +1,378 @@
+"""What this interpreter has of the hook and of SGLang, found without importing SGLang.
+
+SGLang's files are parsed, never run: importing it takes seconds, may need a GPU, and would
+activate the very hook that is being looked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any, NamedTuple, Optional
+
+from .. import __version__
+from ..layout import location, variables
+from .sglang_sources import Sources
+
+GOOD, NOTE, BAD = "good", "note", "bad"
+
+DISTRIBUTION = "sglang-weight-hook"
+SCRIPT = "install_sglang_hook_patch.sh"
+LOADER = "sglang_patch_loader"
+CORE = "sglang_weight_hook_patch_core"
+PTH, START = "sglang_injector.pth", "sglang_injector.start"
+PLUGINS = "sglang.srt.plugins"
+
+OFF_SWITCH, DEBUG_SWITCH = variables.SWITCH, variables.DEBUG
+PLUGINS_VARIABLE = "SGLANG_PLUGINS"  # SGLang's own: which plugins it loads
+
+
+class Fact(NamedTuple):
+    topic: str
+    level: str  # `GOOD`, `NOTE` or `BAD`
+    text: str
+
+
+class Found(NamedTuple):
+    """One entry point of the patch core's table, held against the SGLang that is here."""
+
+    event: str
+    name: str  # ``Class.method``
+    module: str
+    expected: bool  # whether this release should have it
+    found: bool
+
+
+class Diagnosis(NamedTuple):
+    facts: list[Fact]
+    entry_points: list[Found]
+    data: dict[str, Any]
+
+    @property
+    def good(self) -> bool:
+        return not any(fact.level == BAD for fact in self.facts)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "good": self.good,
+            **self.data,
+            "entry_points": [found._asdict() for found in self.entry_points],
+            "facts": [fact._asdict() for fact in self.facts],
+        }
+
+
+def diagnose(directory: Optional[str] = None) -> Diagnosis:
+    """Look at this interpreter.  ``directory``: where it would publish; default as a server's.
+
+    Imports neither SGLang nor torch, and changes nothing.
+    """
+    facts: list[Fact] = []
+    data: dict[str, Any] = {}
+    facts += _interpreter(data)
+    facts += _installed(data)
+    facts += _active(data)
+    entries: list[Found] = []
+    facts += _sglang(data, entries)
+    facts += _environment(data)
+    facts += _directory(directory, data)
+    return Diagnosis(facts, entries, data)
+
+
+def say_plainly(as_json: bool) -> int:
+    """The command ``doctor`` without the ``cli`` extra; its exit status."""
+    found = diagnose()
+    if as_json:
+        lines = [json.dumps(found.as_dict(), indent=2)]
+    else:
+        words = {GOOD: "ok", NOTE: "note", BAD: "BAD"}
+        lines = [f"{words[fact.level]:6}{fact.topic:12}  {fact.text}" for fact in found.facts]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0 if found.good else 3
+
+
+# --- the interpreter and the hook -----------------------------------------------------------
+
+
+def _interpreter(data: dict[str, Any]) -> Iterator[Fact]:
+    data["interpreter"] = {
+        "executable": sys.executable,
+        "version": platform.python_version(),
+        "prefix": sys.prefix,
+        "no_site": bool(sys.flags.no_site),
+    }
+    yield Fact("Python", GOOD, f"{sys.executable} ({platform.python_version()})")
+    if sys.flags.no_site:
+        yield Fact("Python", BAD, "started with -S: no .pth file is run; leave -S away")
+
+
+def _installed(data: dict[str, Any]) -> Iterator[Fact]:
+    doors = [_door(distribution) for distribution in _distributions()]
+    place = sysconfig.get_path("purelib")
+    loose = not doors and _has_file(place, PTH)
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    data["hook"] = {"version": __version__, "library": here, "installed": doors}
+    for door in doors:
+        yield Fact(
+            "Installed",
+            GOOD,
+            f"{DISTRIBUTION} {door['version']} by {door['door']}, {door['place']}",
+        )
+        # Editable installations are where their checkout is.
+        if door["editable"]:
+            continue
+        if os.path.realpath(door["place"]) != os.path.realpath(here):
+            yield Fact("Installed", NOTE, f"this command itself runs from {here} ({__version__})")
+        pth = START if sys.version_info >= (3, 15) else PTH
+        if not _has_file(door["place"], pth):
+            yield Fact("Installed", BAD, f"{pth} is missing there; run {SCRIPT} again")
+    if len(doors) > 1:
+        yield Fact("Installed", NOTE, "more than once; the first one on sys.path counts")
+    if loose:
+        yield Fact("Installed", BAD, f"in part, without a record, in {place}; run {SCRIPT} again")
+    elif not doors and _is_active():
+        yield Fact("Installed", NOTE, "no; it is active in this process alone (launch_wrapper.py)")
+    elif not doors:
+        yield Fact(
+            "Installed", BAD, f"no; run ./{SCRIPT} --python {sys.executable} in the hook's checkout"
+        )
+    plugin = any(door["plugin"] for door in doors)
+    allowed = os.environ.get(PLUGINS_VARIABLE)
+    if plugin and allowed and "sglang_weight_hook" not in allowed.split(","):
+        yield Fact(
+            "Installed", NOTE, f"{PLUGINS_VARIABLE} leaves us out as SGLang's plugin; .pth counts"
+        )
+
+
+def _distributions() -> list[importlib.metadata.Distribution]:
+    found: dict[str, importlib.metadata.Distribution] = {}
+    with contextlib.suppress(Exception):
+        for distribution in importlib.metadata.distributions(name=DISTRIBUTION):
+            found.setdefault(str(distribution.locate_file("")), distribution)
+    return list(found.values())
+
+
+def _door(distribution: importlib.metadata.Distribution) -> dict[str, Any]:
+    installer = (distribution.read_text("INSTALLER") or "").strip() or "an unknown installer"
+    editable = False
+    with contextlib.suppress(ValueError, AttributeError):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        editable = bool(origin.get("dir_info", {}).get("editable"))
+    entry_points = distribution.read_text("entry_points.txt") or ""
+    return {
+        "version": distribution.version,
+        "door": f"{installer} (editable)" if editable else installer,
+        "place": os.path.normpath(str(distribution.locate_file(""))),
+        "editable": editable,
+        "plugin": PLUGINS in entry_points,
+    }
+
+
+def _is_active() -> bool:
+    return any(map(_is_ours, sys.meta_path))
+
+
+def _is_ours(finder: object) -> bool:
+    return type(finder).__module__ == LOADER
+
+
+def _in_front() -> list[str]:
+    """The finders that are asked before ours."""
+    classes = [
+        finder if isinstance(finder, type) else type(finder)
+        for finder in takewhile(lambda finder: not _is_ours(finder), sys.meta_path)
+    ]
+    return [f"{found.__module__}.{found.__qualname__}" for found in classes]
+
+
+def _has_file(folder: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))
+
+
+def _active(data: dict[str, Any]) -> Iterator[Fact]:
+    module = sys.modules.get(LOADER)
+    active = _is_active()
+    data["hook"]["active"] = active
+    data["hook"]["finders_in_front"] = _in_front() if active else []
+    data["hook"]["loader"] = getattr(module, "__file__", None)
+    if active:
+        yield Fact("Active", GOOD, f"yes, it waits for SGLang ({data['hook']['loader']})")
+        for name in data["hook"]["finders_in_front"]:
+            text = f"{name} is asked first; a module of SGLang that it finds itself is not hooked"
+            yield Fact(
+                "Active", NOTE, f"{text} (from 0.5.11 on SGLang's plugin door makes up for it)"
+            )
+    elif os.environ.get(OFF_SWITCH) == "0":
+        yield Fact("Active", BAD, f"no: {OFF_SWITCH}=0 switches it off; unset that")
+    elif module is not None:
+        yield Fact("Active", BAD, "no: the loader was imported, but its finder was taken out again")
+    elif data["hook"]["installed"] and not sys.flags.no_site:
+        yield Fact(
+            "Active", BAD, f"no: the .pth file was not processed, or failed; {DEBUG_SWITCH}=1 tells"
+        )
+    else:
+        yield Fact("Active", BAD, "no")
+
+
+# --- SGLang ---------------------------------------------------------------------------------
+
+
+class Gap(NamedTuple):
+    """A part of SGLang that holds weights where nothing of ours looks."""
+
+    name: str
+    paths: tuple[str, ...]  # below SGLang's package; any of them means that it is there
+    text: str
+
+
+GAPS = (
+    Gap(
+        "encoder-only servers",
+        ("srt/disaggregation/encode_server.py", "srt/disaggregation/encoder/server.py"),
+        "load their model without a ModelRunner: they publish nothing",
+    ),
+    Gap(
+        "MlxModelRunnerStub",
+        ("srt/hardware_backend/mlx/model_runner_stub.py",),
+        "overrides load_model: on Apple's MLX nothing is published",
+    ),
+    Gap(
+        "weight-cache daemon",
+        ("srt/weight_cache/daemon.py",),
+        "keeps weights in a process of its own and publishes nothing; servers that map them do",
+    ),
+    Gap(
+        "multimodal_gen",
+        ("multimodal_gen/runtime", "multimodal_gen"),
+        "diffusion models have workers of their own: they publish nothing",
+    ),
+)
+
+
+def _sglang(data: dict[str, Any], entries: list[Found]) -> Iterator[Fact]:
+    version = None
+    with contextlib.suppress(Exception):
+        version = importlib.metadata.version("sglang")
+    folders = _package_folders()
+    data["sglang"] = {"version": version, "place": folders[0] if folders else None, "gaps": []}
+    if not folders:
+        yield Fact("SGLang", NOTE, "not in this environment; the hook waits for it")
+        return
+    yield Fact("SGLang", GOOD, f"{version or 'of unknown version'}, {folders[0]}")
+    core = _core()
+    if core is None:
+        yield Fact(
+            "SGLang", BAD, f"{CORE} cannot be imported, so nothing is patched; install again"
+        )
+        return
+    release = version or "unknown"
+    if _newer(core, release):
+        yield Fact("SGLang", NOTE, f"newer than {core.NEWEST}, the newest that was checked")
+    source = Sources(folders)
+    for entry in core.ENTRY_POINTS:
+        entries.append(
+            Found(
+                event=entry.event,
+                name=entry.name,
+                module=entry.module,
+                expected=core._expected(entry, release),
+                found=source.defines(entry.module, entry.site[1], entry.method),
+            )
+        )
+    lost = [found for found in entries if found.expected and not found.found]
+    count = sum(found.found for found in entries)
+    events = {found.event for found in entries if found.found}
+    if not lost:
+        yield Fact("Entry points", GOOD, f"{count} found, for {len(events)} kinds of event")
+    else:
+        yield Fact("Entry points", NOTE, f"{count} found, {len(lost)} missing")
+    for found in lost:
+        yield Fact(
+            "Entry points",
+            BAD,
+            f"{found.name} is not in {found.module}: {found.event} will not be seen",
+        )
+    hooked = {entry.module for entry in core.ENTRY_POINTS}
+    for gap in GAPS:
+        present = [path for path in gap.paths if source.exists(path)]
+        if present and not any(_module(path) in hooked for path in present):
+            data["sglang"]["gaps"].append({"name": gap.name, "path": present[0], "text": gap.text})
+            yield Fact("Known gap", NOTE, f"{gap.name} ({present[0]}): {gap.text}")
+
+
+def _core() -> Optional[Any]:
+    """The patch core, for its table; importing it patches nothing."""
+    try:
+        return importlib.import_module(CORE)
+    except Exception:
+        return None
+
+
+def _newer(core: Any, version: str) -> bool:
+    key = core.release_key(version)
+    return bool(any(key[:3]) and key > core.release_key(core.NEWEST))
+
+
+def _package_folders() -> list[str]:
+    """Where SGLang's package lies.  A top-level name is found without importing anything."""
+    for find in (importlib.machinery.PathFinder.find_spec, importlib.util.find_spec):
+        with contextlib.suppress(Exception):
+            spec = find("sglang")
+            if spec is not None and spec.submodule_search_locations:
+                return [path for path in spec.submodule_search_locations if os.path.isdir(path)]
+    return []
+
+
+def _module(path: str) -> str:
+    return "sglang." + os.path.splitext(path)[0].replace("/", ".")
+
+
+# --- variables and the output directory -----------------------------------------------------
+
+
+def _environment(data: dict[str, Any]) -> Iterator[Fact]:
+    known = {variable.name: variable.default for variable in variables.VARIABLES}
+    data["environment"] = {name: os.environ.get(name) for name in known}
+    for name, default in known.items():
+        value = os.environ.get(name)
+        text = f"{name}={value}" if value is not None else f"{name} is not set ({default})"
+        yield Fact("Variable", GOOD, text)
+        if name == variables.LOCK_TIMEOUT and value and not _is_duration(value):
+            yield Fact("Variable", NOTE, f"{value!r} is no number of seconds: {default} holds")
+    for name in sorted(os.environ):
+        if name.startswith(OFF_SWITCH) and name not in known:
+            data["environment"][name] = os.environ[name]
+            yield Fact("Variable", NOTE, f"{name} is set, and no variable of this release's")
+
+
+def _is_duration(value: str) -> bool:
+    return variables.seconds_from(value, -1.0) >= 0.0
+
+
+def _directory(directory: Optional[str], data: dict[str, Any]) -> Iterator[Fact]:
+    value = directory if directory is not None else os.environ.get(location.DIRECTORY)
+    path = location.directory_from(value, os.getcwd())
+    there = path
+    while not os.path.lexists(there) and there != os.path.dirname(there):
+        there = os.path.dirname(there)
+    writable = os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+    data["directory"] = {"path": path, "exists": there == path, "writable": writable}
+    if value and "{pid}" in value:
+        yield Fact("Directory", NOTE, "{pid} stands for each server's own: read with --dir instead")
+    if not writable:
+        what = "cannot be written" if os.path.isdir(there) else "is not a directory"
+        yield Fact(
+            "Directory", BAD, f"{path}: {there} {what}; set {location.DIRECTORY} to one that can"
+        )
+    elif there != path:
+        yield Fact("Directory", GOOD, f"{path} (the server makes it)")
+    else:
+        yield Fact("Directory", GOOD, path)

@@ -1,0 +1,8 @@
+"""The program: every command registered, in the order in which `--help` lists them."""
+
+from __future__ import annotations
+
+from . import diff, doctor, lookup, plot, regions, report, show, verify, watch  # noqa: F401
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,30 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from ..layout import location
+
+DirOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--dir",
+        metavar="DIR",
+        help=f"The server's output directory.  [default: ${location.DIRECTORY}, else "
+        f"./{location.DEFAULT_DIRECTORY}]",
+    ),
+]
+DirsOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--dir",
+        metavar="DIR",
+        help="An output directory, or a pattern such as '/shared/maps/*'; may be repeated.  "
+        f"[default: ${location.DIRECTORY}, else ./{location.DEFAULT_DIRECTORY}]",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON: exact numbers, in bytes.")]
+SlotArgument = Annotated[Optional[str], typer.Argument(metavar="SLOT", show_default=False)]

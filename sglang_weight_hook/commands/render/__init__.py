@@ -1,0 +1,1 @@
+"""How answers look: text, tables, the page.  Knows nothing of arguments."""

@@ -1,0 +1,96 @@
+"""``sglang-weight-hook report``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ..reader import Document, HookError, totals
+from .app import command
+from .options import DirsOption, JsonOption
+from .render.table import Column, print_table
+from .render.text import complain, print_json, print_line, printable, size_text
+from .selection import directories_of, heading
+
+
+@command(
+    "report",
+    "sglang-weight-hook report\nsglang-weight-hook report --dir '/shared/maps/*' --json",
+)
+def report(
+    directories: DirsOption = None,
+    gone: Annotated[
+        bool, typer.Option("--gone", help="Count slots whose process is gone, too (copies).")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Add up each GPU's memory: weights, KV cache, the rest, free.
+
+    Every storage counts once, also where a draft shares its target's.
+    """
+    counted: list[Document] = []
+    slots: list[dict[str, Any]] = []
+    for found in directories_of(directories):
+        for slot in found.slots():
+            alive = slot.owner_alive()
+            entry: dict[str, Any] = {"dir": found.path, "owner_alive": alive, "slot": slot.name}
+            slots.append(entry)
+            entry["counted"] = alive or gone
+            if not entry["counted"]:
+                if not as_json:
+                    complain(
+                        f"slot {slot.name} in {found.path} is left out: its process is gone "
+                        f"(--gone counts it)"
+                    )
+                continue
+            document = slot.read()
+            counted.append(document)
+            entry.update(heading(document))
+            names = ("role", "model_path", "model_class", "quantization", "tp_rank", "tp_size")
+            entry["identity"] = {name: document.identity.get(name) for name in names}
+    gpus = totals.per_gpu(counted)
+    total = totals.together(gpus)
+    if as_json:
+        return print_json(
+            {
+                "gpus": [{**gpu.as_dict(), "rest": _rest(gpu)} for gpu in gpus],
+                "total": {**total.as_dict(), "rest": _rest(total)},
+                "slots": slots,
+            }
+        )
+    if not gpus:
+        where = ", ".join(found.path for found in directories_of(directories))
+        raise HookError(
+            f"no live SGLang publishes in {where}; check --dir and that the server has loaded its "
+            f"model"
+        )
+    lora = any(gpu.lora for gpu in gpus)
+    columns = [Column("GPU"), Column("weights", right=True)]
+    columns += [Column("LoRA", right=True)] if lora else []
+    columns += [Column(name, right=True) for name in ("KV cache", "rest", "free", "total")]
+    columns += [Column("slots")]
+    rows = []
+    for gpu in [*gpus, total] if len(gpus) > 1 else gpus:
+        row = ["total" if gpu is total else printable(gpu.label), size_text(gpu.weights)]
+        row += [size_text(gpu.lora)] if lora else []
+        row += [size_text(gpu.kv_cache), *map(size_text, (_rest(gpu), gpu.free, gpu.total))]
+        row += [str(len(gpu.slots)) if gpu is total else printable(" ".join(gpu.slots))]
+        rows.append(row)
+    print_table(columns, rows)
+    if total.released:
+        print_line(
+            f"{size_text(total.released)} of these are released: no memory is behind them now"
+        )
+    if total.elsewhere:
+        print_line(f"{size_text(total.elsewhere)} of weights lie on another device (offloaded)")
+    if total.total is None:
+        print_line("-: not known; only a CUDA device tells its total and free memory")
+    return 0
+
+
+def _rest(gpu: totals.Gpu) -> Optional[int]:
+    """Used, and neither weights nor KV cache."""
+    if gpu.total is None or gpu.free is None:
+        return None
+    return gpu.total - gpu.free - (gpu.weights + gpu.lora + gpu.kv_cache - gpu.released)

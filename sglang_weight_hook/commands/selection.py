@@ -1,0 +1,104 @@
+"""From what the user named to slots and documents."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from typing import Any, Optional
+
+from ..reader import Directory, Document, HookError, Slot, open_directory, open_file
+from .app import Misused
+from .render.text import complain, printable
+
+
+def document_of(directory: Optional[str], slot: Optional[str]) -> Document:
+    """The document of a slot, of the only slot, or of a saved file."""
+    if slot is not None and is_path(slot):
+        return open_file(slot)
+    found = open_directory(directory)
+    slots = slots_in(found)
+    names = [each.name for each in slots]
+    if slot is None:
+        if len(slots) > 1:
+            raise Misused(f"there are slots {', '.join(names)} in {found.path}; name one of them")
+        return slots[0].read()
+    if slot not in names:
+        raise HookError(
+            f"there is no slot {slot} in {found.path}; name one of those that are: "
+            f"{', '.join(names)}"
+        )
+    return found.slot(slot).read()
+
+
+def slots_in(found: Directory) -> list[Slot]:
+    slots = found.slots()
+    if not slots:
+        raise HookError(
+            f"nothing is published in {found.path}; check --dir, that the server has loaded its "
+            f"model, and `doctor` in the server's environment"
+        )
+    return slots
+
+
+def is_path(slot: str) -> bool:
+    return os.sep in slot or slot.endswith(".json")
+
+
+def directories_of(given: Optional[list[str]]) -> list[Directory]:
+    if not given:
+        return [open_directory()]
+    found: list[Directory] = []
+    for value in given:
+        matches = [value]
+        if not os.path.exists(value) and glob.has_magic(value):
+            matches = [path for path in sorted(glob.glob(value)) if os.path.isdir(path)]
+            if not matches:
+                raise HookError(f"no directory is like {value}; check the pattern")
+        found += [open_directory(match) for match in matches]
+    by_place = {os.path.realpath(directory.path): directory for directory in found}
+    return list(by_place.values())
+
+
+def is_like(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def inside(value: Any, *path: str) -> Any:
+    """What is at ``path`` inside JSON of which nothing is certain."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def heading(document: Document) -> dict[str, Any]:
+    """What says which document an answer is about."""
+    return {
+        "slot": document.slot.name,
+        "state": document.state["state"],
+        "layout_generation": document.layout_generation,
+        "content_generation": document.content_generation,
+        "physical_epoch": document.physical_epoch,
+        "pid": document.state.get("pid"),
+        "owner_alive": is_alive(document),
+    }
+
+
+def is_alive(document: Document) -> Optional[bool]:
+    """None for a saved copy: nobody owns that."""
+    return document.slot.owner_alive() if document.is_live else None
+
+
+def standing(document: Document) -> str:
+    return (
+        f"slot {printable(document.slot.name)} {printable(document.state['state'])}, "
+        f"layout {document.layout_generation}, content {document.content_generation}"
+    )
+
+
+def warn_if_gone(document: Document) -> None:
+    if is_alive(document) is False:
+        complain(
+            f"the process of slot {document.slot.name} (pid {document.state.get('pid')}) is gone: "
+            f"these addresses are nobody's; start the server again"
+        )

@@ -1,0 +1,72 @@
+"""``sglang-weight-hook verify``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..reader import open_directory, open_file, verify
+from .app import ACT, command
+from .options import DirOption, JsonOption, SlotArgument
+from .render.text import print_item, print_json, printable
+from .selection import is_path, slots_in, standing
+
+
+@command(
+    "verify",
+    "sglang-weight-hook verify && echo good\nsglang-weight-hook verify 0 --json",
+)
+def verify_(
+    slot: SlotArgument = None,
+    directory: DirOption = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Check what is published: one line for each finding.
+
+    Schema, generations, overlaps, regions, sums, the prototype's files and whether the owner
+    lives; of all slots, unless one is named.  Exit status 3 if any is an
+    error.
+    """
+    if slot is not None and is_path(slot):
+        verdicts = [verify.verify_file(open_file(slot))]
+    elif slot is not None:
+        verdicts = [verify.verify_slot(open_directory(directory).slot(slot))]
+    else:
+        found = open_directory(directory)
+        verdicts = [verify.verify_slot(each) for each in slots_in(found)]
+    findings = [finding for verdict in verdicts for finding in verdict.findings]
+    good = not findings if strict else all(verdict.good for verdict in verdicts)
+    if as_json:
+        print_json(
+            {
+                "good": good,
+                "slots": [
+                    {
+                        "slot": verdict.slot,
+                        "good": verdict.good,
+                        "findings": [finding._asdict() for finding in verdict.findings],
+                    }
+                    for verdict in verdicts
+                ],
+            }
+        )
+        return 0 if good else ACT
+    for verdict in verdicts:
+        for finding in verdict.findings:
+            style = "bold red" if finding.level == verify.ERROR else "yellow"
+            print_item(
+                (f"{finding.level:7}  ", style),
+                f"{printable(verdict.slot)}  ",
+                f"{finding.check}: {printable(finding.message)}",
+            )
+        if not verdict.findings and verdict.document:
+            counts = f"{len(verdict.document.tensors)} tensors"
+            counts += f" in {len(verdict.document.regions)} regions"
+            print_item(
+                ("ok       ", "green"),
+                f"{printable(verdict.slot)}  ",
+                f"{counts}; {standing(verdict.document)}",
+            )
+    return 0 if good else ACT

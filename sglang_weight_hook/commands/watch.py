@@ -1,0 +1,104 @@
+"""``sglang-weight-hook watch``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated, Any, Optional, Union
+
+import typer
+
+from ..reader import Change, open_directory
+from .app import ACT, command
+from .options import DirOption, SlotArgument
+from .render.text import STYLES, clock, print_line, printable
+from .selection import inside
+
+
+@command(
+    "watch",
+    "sglang-weight-hook watch\n"
+    "sglang-weight-hook watch 0 --json\n"
+    "sglang-weight-hook watch --count 1 --timeout 60",
+)
+def watch(
+    slot: SlotArgument = None,
+    directory: DirOption = None,
+    begins: Annotated[
+        bool, typer.Option("--begins", help="Show beginnings, too: the state `updating`.")
+    ] = False,
+    count: Annotated[
+        Optional[int], typer.Option(help="End after N events.", metavar="N", min=1)
+    ] = None,
+    timeout: Annotated[
+        Optional[float], typer.Option(help="End after so many seconds.", metavar="S", min=0)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each line.")
+    ] = False,
+) -> int:
+    """Print a line for each event, until Ctrl-C.
+
+    First of all a line for each slot as it is.  Events in quick succession may share a line.
+    Exit status 3 if --timeout ends it before --count.
+    """
+    seen = 0
+    try:
+        for change in open_directory(directory).events(timeout):
+            if slot is not None and change.slot.name != slot:
+                continue
+            finished = not change.alive or inside(change.state, "event", "success") is not None
+            if not (finished or begins or change.initial):
+                continue
+            if as_json:
+                sys.stdout.write(json.dumps(_change(change)) + "\n")
+            else:
+                _print_change(change)
+            sys.stdout.flush()  # a pipe gets each line at once
+            seen += finished and not change.initial
+            if count is not None and seen >= count:
+                return 0
+    except KeyboardInterrupt:
+        return 0
+    return ACT if count is not None else 0
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {
+        "slot": change.slot.name,
+        "initial": change.initial,
+        "owner_alive": change.alive,
+        "state": change.state,
+    }
+
+
+def _print_change(change: Change) -> None:
+    state = change.state or {}
+    event = state.get("event")
+    event = event if isinstance(event, dict) else {}
+    started, finished = event.get("started_at"), event.get("finished_at")
+    stamp = time.time() if not change.alive else state.get("updated_at")
+    word = str(state.get("state"))
+    parts: list[Union[str, tuple[str, str]]] = [f"{clock(stamp)}  {change.slot.name}  "]
+    if not change.alive:
+        pid = state.get("pid")
+        print_line(*parts, ("gone", "bold red"), f"  process {pid} has ended: nobody's addresses")
+        return
+    parts += [
+        (f"{printable(word):8}", STYLES.get(word, "")),
+        f"  {printable(event.get('kind'))}",
+    ]
+    if event.get("success") is not None:
+        parts.append("  ok" if event.get("success") else "  failed")
+    if isinstance(started, (int, float)) and isinstance(finished, (int, float)):
+        parts.append(f"  {max(finished - started, 0.0):.2f} s")
+    parts.append(
+        f"  layout {state.get('layout_generation')} content {state.get('content_generation')}"
+    )
+    for word in ("moved", "added", "removed"):
+        if event.get(word):
+            parts.append(f" {word} {event[word]}")
+    if event.get("success") is False and event.get("message"):
+        parts.append(f": {printable(event['message'])}")
+    print_line(*parts)

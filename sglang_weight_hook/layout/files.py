@@ -1,0 +1,16 @@
+"""Names of the files in the output directory, per slot (``{}`` is the slot's name)."""
+
+from __future__ import annotations
+
+# The legacy format's four names first.
+DOCUMENTS = (
+    "weights_meta_{}.json",
+    "total_weight_meta_{}.json",
+    "weight_update_summary_{}.json",
+    "merged_weights_meta_{}.json",
+    "weight_layout_{}.json",
+    "weight_state_{}.json",
+)
+WEIGHTS_META, TOTAL_META, SUMMARY, MERGED, LAYOUT, STATE = DOCUMENTS
+SAVING_LOCK = "weight_saving_{}.lock"
+OWNER_LOCK = "weight_owner_{}.lock"

@@ -1,0 +1,25 @@
+"""Where the output directory is: the same for who publishes and for who reads."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Optional
+
+DIRECTORY = "SGLANG_WEIGHT_HOOK_DIR"
+DEFAULT_DIRECTORY = "weights_metadata"
+
+
+def directory_from(value: Optional[str], base: str) -> str:
+    """Absolute output directory for a value of ``SGLANG_WEIGHT_HOOK_DIR``.
+
+    ``{hostname}`` and ``{pid}`` are filled in; other braces stay as they are.
+
+    >>> directory_from("maps/{hostname}", "/srv") == "/srv/maps/" + socket.gethostname()
+    True
+    >>> directory_from(None, "/srv")
+    '/srv/weights_metadata'
+    """
+    path = value or DEFAULT_DIRECTORY
+    path = path.replace("{hostname}", socket.gethostname()).replace("{pid}", str(os.getpid()))
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))

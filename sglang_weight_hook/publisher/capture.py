@@ -1,0 +1,190 @@
+"""Walk a model runner and note where each of its tensors lies.
+
+Only addresses and shapes are read: no CUDA call that synchronises, no allocation on a device,
+no copy of weight data, and no tensor is kept alive once the walk is over.  What is inside
+here raises freely; the recorder stands between it and SGLang.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+from ..layout.documents import LORA, PARAMETER
+from . import cuda_driver
+from .footprint import Footprint, footprint_of, places_of
+from .kv_cache import kv_cache
+from .rows import Row, allocation_kinds, allocations_of, row_of
+from .walk import Wrappers, lora_pool, plain_tensors, walk_model
+
+
+class Capture(NamedTuple):
+    """Everything one walk found."""
+
+    device_type: str  # of the runner: "cuda", "cpu", ...
+    tensors: dict[str, Row]  # by canonical name, parameters first, in the model's order
+    aliases: dict[str, list[str]]  # canonical name -> its other names
+    left_out: dict[str, str]  # name -> why it has no row
+    expected: dict[str, int]  # names the model holds, by kind
+    # (storage_ptr, storage_size) -> the driver allocations (base, size) under it.  One as a rule;
+    # several where the caching allocator maps expandable segments piece by piece.
+    allocations: dict[tuple[int, int], list[tuple[int, int]]]
+    allocation_kinds: dict[int, str]  # allocation base -> cuda_driver.CUDA_MALLOC or VMM
+    kv_cache: list[dict[str, Any]]
+    # Names under which torch lists a parameter -> the canonical name of its row.
+    torch_names: dict[str, str]
+    footprint: Optional[Footprint]
+
+
+def capture(runner: Any, footprint: bool = True) -> Capture:
+    """Walk ``runner.model``, its LoRA pool and its KV cache.
+
+    ``footprint``: whether `moved` is going to be asked about it.
+    """
+    model = getattr(runner, "model", None)
+    if model is None:
+        raise LookupError("the runner has no model")
+    device_type = _device_type(runner)
+    walk = walk_model(model)
+    kinds = {**walk.tensors, LORA: list(lora_pool(runner))}
+
+    tensors: dict[str, Row] = {}
+    aliases: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
+    torch_names: dict[str, str] = {}
+    by_identity: dict[int, str] = {}
+    by_address: dict[int, str] = {}  # the first row at an address
+    further: dict[int, list[str]] = {}  # and others that begin there
+    wrappers = Wrappers()
+    for kind, named in kinds.items():
+        for outer_name, outer in named:
+            canonical = by_identity.get(id(outer))
+            if canonical is not None:
+                if canonical != outer_name:
+                    aliases.setdefault(canonical, []).append(outer_name)
+                continue
+            try:
+                rows = (
+                    [
+                        (name, row_of(kind, tensor, device_type))
+                        for name, tensor in plain_tensors(outer_name, outer)
+                    ]
+                    if wrappers[type(outer)]
+                    else [(outer_name, row_of(kind, outer, device_type))]
+                )
+            except Exception as error:
+                left_out[outer_name] = f"{type(error).__name__}: {error}"[:200]
+                continue
+            for name, row in rows:
+                # A second tensor object over the very same elements (a re-bound draft head, a
+                # parameter and a plain attribute holding its .data) is one tensor to a reader.
+                canonical = by_address.get(row.ptr)
+                if canonical is not None and not _same_elements(tensors[canonical], row):
+                    canonical = next(
+                        (
+                            other
+                            for other in further.get(row.ptr, ())
+                            if _same_elements(tensors[other], row)
+                        ),
+                        None,
+                    )
+                if canonical is not None:
+                    aliases.setdefault(canonical, []).append(name)
+                elif name in tensors:
+                    # "a.b" can be b of module a, or an attribute of that very name.
+                    left_out[f"{name} ({kind})"] = "another tensor has this name"
+                    continue
+                else:
+                    tensors[name] = row
+                    if row.ptr and by_address.setdefault(row.ptr, name) is not name:
+                        further.setdefault(row.ptr, []).append(name)
+                by_identity.setdefault(id(outer), canonical or name)
+                if kind == PARAMETER:
+                    torch_names[name] = canonical or name
+    allocations = allocations_of(tensors.values())
+    return Capture(
+        device_type=device_type,
+        tensors=tensors,
+        aliases=aliases,
+        left_out=left_out,
+        expected={kind: len(named) for kind, named in kinds.items()},
+        allocations=allocations,
+        allocation_kinds=allocation_kinds(allocations),
+        kv_cache=kv_cache(runner),
+        torch_names=torch_names,
+        footprint=footprint_of(model, walk) if footprint else None,
+    )
+
+
+def _same_elements(one: Row, other: Row) -> bool:
+    return (one.device, one.dtype, one.shape, one.stride) == (
+        other.device,
+        other.dtype,
+        other.shape,
+        other.stride,
+    )
+
+
+def parameter_count(runner: Any) -> int:
+    """How many parameters torch itself counts: what our own walk is held against."""
+    return sum(1 for _ in runner.model.named_parameters())
+
+
+def _device_type(runner: Any) -> str:
+    """The runner's own device: weights anywhere else are not resident on it."""
+    device = str(getattr(runner, "device", None) or "")
+    if not device:
+        device = "cuda" if cuda_driver.is_initialised() else "cpu"
+    return device.split(":")[0]
+
+
+def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
+    """``after`` with the allocations of ``before`` where the driver gave none for a storage.
+
+    It gives none while the memory saver has unmapped the pages, nor in a thread without a
+    CUDA context; the storage has not moved for that.
+    """
+    if before is None or not before.allocations:
+        return after
+    storages = {(row.storage_ptr, row.storage_size) for row in after.tensors.values()}
+    kept = {key: before.allocations[key] for key in storages & before.allocations.keys()}
+    return after._replace(
+        allocations={**kept, **after.allocations},
+        allocation_kinds={**before.allocation_kinds, **after.allocation_kinds},
+    )
+
+
+def live_tensors(runner: Any, captured: Capture) -> list[tuple[str, Any]]:
+    """The captured resident tensors themselves, for as long as the caller looks at them."""
+    walk = walk_model(runner.model)
+    named = [pair for kind in walk.tensors.values() for pair in kind] + list(lora_pool(runner))
+    found: dict[str, Any] = {}
+    for outer_name, outer in named:
+        for name, tensor in plain_tensors(outer_name, outer):
+            row = captured.tensors.get(name)
+            if row is not None and row.resident and name not in found:
+                found[name] = tensor
+    return list(found.items())
+
+
+def moved(before: Optional[Capture], runner: Any) -> bool:
+    """Whether a tensor of the model lies elsewhere than in ``before``, or has come or gone.
+
+    The quick question after each bucket of a long update.  Parameters, buffers and every
+    plain attribute that held a tensor are looked at (some models bind new ``w_kc`` and
+    ``w_vc`` with each bucket).  An attribute that holds one for the first time, and a module
+    without any that is replaced by one with some, wait for the next full capture: those have no
+    address yet that could be out of date.
+    """
+    footprint = before.footprint if before is not None else None
+    return footprint is None or places_of(footprint, runner.model) != footprint.places
+
+
+def nothing_new(before: Optional[Capture], runner: Any) -> bool:
+    """Whether the model holds no more tensors than in ``before``; of one that has not `moved`.
+
+    Slower than `moved`, faster than a capture: all modules are walked, no tensor is asked.
+    """
+    found = walk_model(runner.model).tensors
+    return before is not None and all(
+        before.expected.get(kind) == len(named) for kind, named in found.items()
+    )

@@ -1,0 +1,116 @@
+"""An output directory: its slots, and what happens in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
+
+from ..layout import location
+from ..layout.documents import SCHEMA
+from .document import Document
+from .errors import HookError
+from .files import check_schema, file_name, read_json
+from .slot import LOOK_AGAIN, Slot, state_of
+from .watch import DirectoryWatch
+
+_STATE_NAME = re.compile(r"weight_state_(.+)\.json\Z")
+_LAYOUT_NAME = re.compile(r"^weight_layout_(.+)\.json$")
+
+
+class Change(NamedTuple):
+    """Something that `Directory.events` has seen."""
+
+    slot: Slot
+    state: Optional[dict[str, Any]]  # the state document, the last one known if it is gone
+    alive: bool  # whether the process that publishes the slot lives
+    initial: bool  # how it was when the watching began: nothing has happened yet
+
+
+class Directory:
+    """An output directory: the slots of every runner that publishes into it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = file_name(path)
+
+    def slots(self) -> list[Slot]:
+        """All slots with a state file, by name.  Raises HookError."""
+        try:
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise HookError(
+                f"{self.path}: {error.strerror}; give the server's weights_metadata directory, "
+                f"or set {location.DIRECTORY}"
+            ) from error
+        matches = (_STATE_NAME.match(name) for name in names)
+        return [Slot(self.path, name) for name in sorted(m.group(1) for m in matches if m)]
+
+    def slot(self, name: str) -> Slot:
+        return Slot(self.path, name)
+
+    def events(self, timeout: Optional[float] = None) -> Iterator[Change]:
+        """What happens in this directory: first every slot as it is, then every change.
+
+        The directory need not exist yet.  Ends after ``timeout`` seconds; None: never.
+        Raises HookError.
+        """
+        known: dict[str, tuple[Optional[dict[str, Any]], bool]] = {}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        initial = True
+        with DirectoryWatch(self.path) as watch:
+            while True:
+                for name in sorted(self._names_if_any() | set(known)):
+                    slot = self.slot(name)
+                    before, lived = known.get(name, (None, False))
+                    alive = slot.owner_alive()  # before the look: the last publication counts
+                    state = slot._state_if_any()
+                    known[name] = (state, alive)
+                    if state is not None and state != before:
+                        yield Change(slot, state, alive, initial)
+                    elif lived and not alive:
+                        yield Change(slot, state or before, alive, initial)
+                initial = False
+                left = LOOK_AGAIN if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    return
+                watch.wait(min(left, LOOK_AGAIN))
+
+    def _names_if_any(self) -> set[str]:
+        try:
+            return {slot.name for slot in self.slots()}
+        except HookError:  # no such directory, yet or any more
+            return set()
+
+    def __repr__(self) -> str:
+        return f"<Directory {self.path!r}>"
+
+
+def open_directory(path: Optional[str] = None) -> Directory:
+    """The directory ``path``, else that of ``SGLANG_WEIGHT_HOOK_DIR``, else the default."""
+    value = path if path is not None else os.environ.get(location.DIRECTORY)
+    return Directory(location.directory_from(value, os.getcwd()))
+
+
+def open_slot(path: Optional[str], name: str) -> Slot:
+    """Slot ``name`` (``"0"``, ``"0_draft"``, …) of a directory."""
+    return open_directory(path).slot(name)
+
+
+def open_file(path: str) -> Document:
+    """A saved copy of a ``weight_layout_{slot}.json``.  Raises HookError.
+
+    Nothing is known about the slot as it is now: the state is that of the copy.
+    """
+    raw = read_json(file_name(path))
+    if raw is None:
+        raise HookError(f"{path} does not exist; give a copy of a weight_layout_{{slot}}.json")
+    check_schema(raw, SCHEMA, path)
+    name = os.path.basename(path)
+    match = _LAYOUT_NAME.match(name)
+    state = state_of(raw)
+    for key in ("pid", "process_start_ticks", "boot_id", "hostname"):
+        state[key] = raw["identity"].get(key)
+    slot = Slot(os.path.dirname(os.path.abspath(path)), match.group(1) if match else name)
+    return Document(slot, raw, state, is_live=False)

@@ -1,0 +1,251 @@
+"""One runner's published files: reading them, waiting for the next, holding the weights still."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional, Union
+
+from ..layout import files
+from ..layout.documents import SCHEMA, STATE_SCHEMA
+from .document import Document
+from .errors import HookError
+from .files import check_schema, file_name, read_json
+from .ownership import process_lives, process_of
+from .watch import DirectoryWatch
+
+# Seconds after which one who waits looks again in any case: inotify is blind to other hosts.
+LOOK_AGAIN = 1.0
+
+
+class Slot:
+    """One runner's published files.  Opening reads nothing yet."""
+
+    def __init__(self, directory: str, name: str) -> None:
+        self.directory = file_name(directory)
+        self.name = file_name(name)
+        self._watches: list[DirectoryWatch] = []  # that nobody waits on now
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slot, (self.directory, self.name)
+
+    def path(self, document: str) -> str:
+        """Path of one of `files.DOCUMENTS`, or of a lock file, of this slot."""
+        return os.path.join(self.directory, document.format(self.name))
+
+    def read_state(self) -> dict[str, Any]:
+        """The state document as it is now.  Raises HookError."""
+        state = read_json(self.path(files.STATE))
+        if state is None:
+            raise HookError(
+                f"{self.path(files.STATE)} does not exist: no hooked SGLang publishes slot "
+                f"{self.name} here; check the directory and that the server has loaded its model"
+            )
+        check_schema(state, STATE_SCHEMA, self.path(files.STATE))
+        return state
+
+    def read(self, timeout: float = 10.0) -> Document:
+        """One consistent document, never two generations mixed.
+
+        Waits up to ``timeout`` seconds for a publication under way.  The document's state may
+        well be ``updating``: then the addresses are those from before the update.
+        Raises HookError.
+        """
+        deadline = time.monotonic() + timeout
+        pause = 0.001
+        while True:
+            before = self.read_state()
+            layout = read_json(self.path(files.LAYOUT))
+            if layout is not None:
+                check_schema(layout, SCHEMA, self.path(files.LAYOUT))
+                after = self.read_state()
+                if _belong_together(before, layout, after):
+                    return Document(self, layout, after)
+                if self._was_left_half_way(before, layout, after):
+                    return Document(self, layout, {**after, **state_of(layout)})
+            if time.monotonic() >= deadline:
+                raise HookError(
+                    f"slot {self.name} has no settled document after {timeout:g} s (state "
+                    f"{before['state']!r}): the model is still loading, or the layout could not "
+                    f"be written; the state file's \"problem\" and the server's log say which"
+                )
+            time.sleep(pause)
+            pause = min(pause * 2, 0.05)
+
+    def _was_left_half_way(
+        self, before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]
+    ) -> bool:
+        """Whether the process died between a layout and its state, which will never come."""
+        return (
+            process_of(before) == process_of(layout["identity"]) == process_of(after)
+            and before["layout_generation"] < layout["layout_generation"]
+            and before == after
+            and os.path.lexists(self.path(files.OWNER_LOCK))
+            and not self.owner_alive()
+        )
+
+    def owner_alive(self) -> bool:
+        """Whether the process that publishes this slot still lives.
+
+        It holds ``weight_owner_{slot}.lock`` for life, so being able to lock that file means
+        that it is gone.  Where the file can't be opened, pid, start time and boot decide.
+        """
+        try:
+            descriptor = os.open(self.path(files.OWNER_LOCK), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return process_lives(self.read_state())
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return True
+            return process_lives(self.read_state())
+        finally:
+            os.close(descriptor)
+        return False
+
+    def wait_for_change(
+        self,
+        since: Union[Document, Mapping[str, Any], None] = None,
+        timeout: Optional[float] = None,
+    ) -> Optional[dict[str, Any]]:
+        """The state document as soon as it is another one; None after ``timeout`` seconds.
+
+        ``since``: the document or state that you know.  Without it, what is there now; a
+        change between your last look and this call is then not noticed.  The beginning of an
+        event (state ``updating``) is a change, too.  A slot that is not there yet is waited
+        for.  Raises HookError.
+        """
+        known = since.state if isinstance(since, Document) else since
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._watching() as watch:
+            if since is None:
+                known = self._state_if_any()
+            while True:
+                state = self._state_if_any()
+                if state is not None and state != known:
+                    return state
+                left = LOOK_AGAIN if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                watch.wait(min(left, LOOK_AGAIN))
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[DirectoryWatch]:
+        """A watch of the directory, kept for the next time: to close one takes the kernel 10 ms."""
+        try:
+            watch = self._watches.pop()
+        except IndexError:
+            watch = DirectoryWatch(self.directory)
+        if not watch.is_fresh():
+            watch.close()
+            watch = DirectoryWatch(self.directory)
+        try:
+            yield watch
+        finally:
+            self._watches.append(watch)
+
+    def generations(self, timeout: Optional[float] = None) -> Iterator[Document]:
+        """The document as it is, then a new one whenever addresses, contents or state changed.
+
+        What lies between two events in quick succession is skipped, and so are the times
+        during which weights are being changed.  Ends when the process that publishes is gone,
+        or after ``timeout`` seconds without a new document.  Raises HookError.
+        """
+        seen: Any = None
+        with DirectoryWatch(self.directory) as watch:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            while True:
+                alive = self.owner_alive()  # before the look: what it published last counts
+                state = self.read_state() if seen is None else self._state_if_any()
+                if state is not None and _settled(state) and _generation(state) != seen:
+                    document = self.read()
+                    if _settled(document.state) and _generation(document.state) != seen:
+                        seen = _generation(document.state)
+                        yield document
+                        deadline = None if timeout is None else time.monotonic() + timeout
+                        continue
+                left = LOOK_AGAIN if deadline is None else deadline - time.monotonic()
+                if not alive or left <= 0:
+                    return
+                watch.wait(min(left, LOOK_AGAIN))
+
+    def _state_if_any(self) -> Optional[dict[str, Any]]:
+        """The state document, or None where there is none (now)."""
+        try:
+            return self.read_state()
+        except HookError:
+            if os.path.lexists(self.path(files.STATE)):
+                raise
+            return None
+
+    @contextlib.contextmanager
+    def weights_held(self, timeout: float = 10.0) -> Iterator[None]:
+        """Hold the shared lock: no update begins while the body runs.
+
+        The server waits for it at most ``SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT`` seconds, so keep
+        the body short.  Raises HookError when an update is still running after ``timeout``
+        seconds.
+        """
+        try:
+            descriptor = os.open(self.path(files.SAVING_LOCK), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HookError(f"{self.path(files.SAVING_LOCK)}: {error.strerror}") from error
+        try:
+            deadline = time.monotonic() + timeout
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                        raise HookError(f"cannot lock slot {self.name}: {error}") from error
+                if time.monotonic() >= deadline:
+                    raise HookError(
+                        f"an update of slot {self.name} has been running for {timeout:g} s; "
+                        f"try again when its state is no longer 'updating'"
+                    )
+                time.sleep(0.005)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def __repr__(self) -> str:
+        return f"<Slot {self.name!r} in {self.directory!r}>"
+
+
+def state_of(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layout document says itself of what is else the state document's to say."""
+    fields = ("layout_generation", "content_generation", "physical_epoch", "event")
+    return {
+        **{field: layout[field] for field in fields if field in layout},
+        "state": str(layout.get("state", "unknown")),
+    }
+
+
+def _settled(state: Mapping[str, Any]) -> bool:
+    return bool(state["state"] != "updating")
+
+
+def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
+    fields = (
+        "layout_generation",
+        "content_generation",
+        "physical_epoch",
+        "kv_physical_epoch",
+        "state",
+    )
+    return (*process_of(state), *(state.get(field) for field in fields))
+
+
+def _belong_together(before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]) -> bool:
+    owner = layout["identity"]
+    return before["layout_generation"] == layout["layout_generation"] == after[
+        "layout_generation"
+    ] and process_of(before) == process_of(owner) == process_of(after)

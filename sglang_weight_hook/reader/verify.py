@@ -1,0 +1,210 @@
+"""Is what is published whole, consistent and true as far as the files themselves can tell?
+
+Each check is a small function from documents to findings.  An ``error`` means: do not trust
+these addresses.  A ``warning`` means: they hold, and there is something you should know.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Optional
+
+from ..layout import files
+from . import checks
+from .document import Document
+from .errors import HookError
+from .findings import ERROR as ERROR
+from .findings import WARNING as WARNING
+from .findings import Finding, Remark, Unreadable, limited
+from .json_schema import violations
+from .legacy import legacy_files
+from .slot import Slot
+
+STATE_LIMIT = 2048  # bytes
+
+_SCHEMAS = os.path.join(os.path.dirname(files.__file__), "schema")
+
+
+class Verdict(NamedTuple):
+    """Everything found about one slot.  ``document`` is None where none could be read."""
+
+    slot: str
+    document: Optional[Document]
+    findings: list[Finding]
+
+    @property
+    def good(self) -> bool:
+        return not any(finding.level == ERROR for finding in self.findings)
+
+
+def verify_slot(slot: Slot, timeout: float = 10.0) -> Verdict:
+    """Check a slot: its documents, the prototype's files beside them, and its owner.
+
+    Waits up to ``timeout`` seconds for an update under way.  Raises nothing.
+    """
+    remarks: list[Remark] = []
+    document = None
+    try:
+        document, contents = _read_everything(slot, timeout)
+        remarks += _schema(document.state, "state")
+        if not _has_errors(remarks):
+            remarks += _state(document.state)
+        found = verify_document(document)
+        if not _has_errors(found):
+            found += _generations(document)
+            if document.state["state"] != "updating":
+                found += legacy_files(document, contents)
+        remarks += found
+        size = os.path.getsize(slot.path(files.STATE))
+        if size > STATE_LIMIT:
+            remarks.append((ERROR, "state", f"the state document has {size} bytes, 2048 at most"))
+    except (HookError, OSError) as error:
+        remarks.append((ERROR, "readable", str(error)))
+    remarks += _owner(slot)
+    return Verdict(slot.name, document, [Finding(slot.name, *remark) for remark in remarks])
+
+
+def verify_file(document: Document) -> Verdict:
+    """Check a saved layout by itself (`reader.open_file`)."""
+    name = document.slot.name
+    return Verdict(name, document, [Finding(name, *found) for found in verify_document(document)])
+
+
+def verify_document(document: Document) -> list[Remark]:
+    """Check what one layout document says of itself."""
+    remarks = list(_schema(document.raw, "layout"))
+    if _has_errors(remarks):
+        return remarks  # what follows relies on every field being what it should be
+    try:
+        tensors = list(document.iter_tensors())
+        regions = list(document.iter_regions())
+        cache = list(document.iter_kv_cache())
+    except HookError as error:
+        return [*remarks, (ERROR, "schema", str(error))]
+    remarks += limited("tensors", checks.tensors(tensors))
+    remarks += limited("overlaps", checks.overlaps(tensors, cache))
+    remarks += limited("regions", checks.regions(tensors, regions))
+    remarks += checks.totals(document, tensors, cache)
+    remarks += checks.completeness(document)
+    return remarks
+
+
+def _has_errors(remarks: list[Remark]) -> bool:
+    return any(level == ERROR for level, _, _ in remarks)
+
+
+# --- reading ------------------------------------------------------------------------------
+
+
+def _read_everything(slot: Slot, timeout: float) -> tuple[Document, dict[str, Any]]:
+    """All documents of one publication; of an update under way if that outlasts ``timeout``."""
+    deadline = time.monotonic() + timeout
+    while True:
+        document = slot.read(timeout)
+        contents = {name: _load(slot.path(name)) for name in files.DOCUMENTS[:4]}
+        late = time.monotonic() >= deadline
+        if slot.read_state() == document.state and (document.state["state"] != "updating" or late):
+            return document, contents
+        if late:
+            raise HookError(
+                f"slot {slot.name} is being published again and again; try once more, or with "
+                f"more than {timeout:g} s"
+            )
+        time.sleep(0.02)
+
+
+def _load(path: str) -> Any:
+    """A JSON file; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        return Unreadable(str(error))
+
+
+# --- owner, state, generations ------------------------------------------------------------
+
+
+def _owner(slot: Slot) -> Iterator[Remark]:
+    try:
+        if slot.owner_alive():
+            return
+        pid = slot.read_state()["pid"]
+    except HookError:
+        return  # no state: said already
+    yield (
+        ERROR,
+        "owner",
+        f"the process that published it (pid {pid}) is gone: the addresses are nobody's; start "
+        f"the server again",
+    )
+
+
+def _state(state: Mapping[str, Any]) -> Iterator[Remark]:
+    name, event = state["state"], state.get("event")
+    kind = event.get("kind") if isinstance(event, dict) else None
+    message = event.get("message") if isinstance(event, dict) else None
+    if state.get("problem"):
+        yield ERROR, "problem", f"the hook could not publish: {state['problem']}"
+    if name == "failed" and not state.get("problem"):
+        yield (
+            WARNING,
+            "state",
+            f"{kind} failed ({message}): the addresses hold, contents may be half written; "
+            f"update again",
+        )
+    elif name == "loading":
+        yield WARNING, "state", "the engine is still being built: addresses may move once more"
+    elif name == "updating":
+        yield WARNING, "state", f"{kind} is under way: these are the addresses from before it"
+    elif name == "released":
+        yield WARNING, "state", "the weights' memory is released: touching the addresses faults"
+    for missing in state.get("missing") or ():
+        yield WARNING, "missing", f"this SGLang lacks {missing}: such changes are not seen"
+    lock = state.get("lock")
+    if isinstance(lock, str) and lock not in ("held", "not held"):
+        yield (
+            WARNING,
+            "lock",
+            f"the last event went on without the lock ({lock}): a reader held it too long",
+        )
+
+
+def _generations(document: Document) -> Iterator[Remark]:
+    layout, state = document.raw["content_generation"], document.state["content_generation"]
+    if layout > state:
+        yield (
+            ERROR,
+            "generations",
+            f"the layout has content generation {layout}, the state, which is never behind, "
+            f"{state}",
+        )
+    checksums = document.raw.get("checksums")
+    if isinstance(checksums, dict) and checksums.get("content_generation") != state:
+        yield (
+            WARNING,
+            "checksums",
+            f"the checksums are those of content generation "
+            f"{checksums.get('content_generation')}, the weights have {state}",
+        )
+
+
+def _schema(document: Any, name: str) -> Iterator[Remark]:
+    """Hold a document against ``schema/weight_{name}.schema.json``."""
+    path = os.path.join(_SCHEMAS, f"weight_{name}.schema.json")
+    schema = _load(path)
+    if not isinstance(schema, dict):
+        yield WARNING, "schema", f"{path} is not there, so the {name} was not held against it"
+        return
+    yield from limited(
+        "schema",
+        (
+            (ERROR, "schema", f"{name}{'.' if where else ''}{where} {problem}")
+            for where, problem in violations(document, schema)
+        ),
+    )
