@@ -16,6 +16,8 @@ for folder in (ROOT, HERE):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from fake_sglang import FakeRunner, load, settle  # noqa: E402
+
 import sglang_weight_hook_patch_core as core  # noqa: E402
 from sglang_weight_hook.publisher import once, recorder, settings  # noqa: E402
 
@@ -50,6 +52,17 @@ def clean_hook(monkeypatch: pytest.MonkeyPatch, maps: Path) -> Iterator[None]:
     for name in set(sys.modules) - modules:
         if name.split(".")[0] == "sglang":
             del sys.modules[name]
+
+
+@pytest.fixture
+def runner() -> FakeRunner:
+    """A runner that is loaded and settled, so published in slot 0."""
+    from published_files import a_model  # imports torch, or skips the test where there is none
+
+    runner = FakeRunner(a_model())
+    load(runner)
+    settle()
+    return runner
 
 
 @pytest.fixture
