@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,13 @@ for folder in (ROOT, HERE):
         sys.path.insert(0, str(folder))
 
 from fake_sglang import FakeRunner, load, settle  # noqa: E402
+from memory_saver import FakeMemorySaver, scheduler_with  # noqa: E402
+from patched_methods import Recorded  # noqa: E402
+from published_files import a_model  # noqa: E402
 
 import sglang_weight_hook_patch_core as core  # noqa: E402
-from sglang_weight_hook.publisher import once, recorder, settings  # noqa: E402
+from sglang_weight_hook.publisher import capture as capture_module  # noqa: E402
+from sglang_weight_hook.publisher import cuda_driver, once, recorder, settings  # noqa: E402
 
 
 def forget_everything() -> None:
@@ -57,12 +63,74 @@ def clean_hook(monkeypatch: pytest.MonkeyPatch, maps: Path) -> Iterator[None]:
 @pytest.fixture
 def runner() -> FakeRunner:
     """A runner that is loaded and settled, so published in slot 0."""
-    from published_files import a_model  # imports torch, or skips the test where there is none
-
     runner = FakeRunner(a_model())
     load(runner)
     settle()
     return runner
+
+
+@pytest.fixture
+def saver() -> FakeMemorySaver:
+    return FakeMemorySaver(enabled=True)
+
+
+@pytest.fixture
+def scheduler(saver: FakeMemorySaver) -> Any:
+    return scheduler_with(saver)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[int, int]]]:
+    """What a fake CUDA driver knows, by storage; its "cuda" is the CPU."""
+    known: dict[int, list[tuple[int, int]]] = {}
+    monkeypatch.setattr(cuda_driver, "is_initialised", lambda: True)
+    monkeypatch.setattr(cuda_driver, "allocations_under", lambda ptr, size: known.get(ptr, []))
+    monkeypatch.setattr(
+        cuda_driver,
+        "allocation_kind",
+        lambda base: "vmm" if any((base,) == p[0][:1] for p in known.values()) else None,
+    )
+    row = capture_module.row_of
+    monkeypatch.setattr(
+        capture_module,
+        "row_of",
+        lambda kind, tensor, device: row(kind, tensor, "cpu")._replace(device="cuda:0"),
+    )
+    monkeypatch.setattr("sglang_weight_hook.publisher.memory.device", lambda device_type: None)
+    return known
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What reaches the recorder, in the place of the recorder."""
+    seen: list[Any] = []
+
+    def begin(
+        kind: str, effect: str, runners: Any = (), details: Any = None, missing: Any = ()
+    ) -> str:
+        seen.append(Recorded(kind, effect, list(runners), details))
+        return f"the event of {kind}"
+
+    def finish(event: Any, result: Any, error: Any) -> None:
+        seen.append((event, result, error))
+
+    monkeypatch.setattr(recorder, "begin", begin)
+    monkeypatch.setattr(recorder, "finish", finish)
+    return seen
+
+
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretend that a release of SGLang is the imported one."""
+
+    def pretend(version: str) -> None:
+        fake = types.ModuleType("sglang")
+        fake.__version__ = version  # type: ignore[attr-defined]
+        fake.__path__ = []
+        monkeypatch.setitem(sys.modules, "sglang", fake)
+
+    pretend("0.5.23")
+    return pretend
 
 
 @pytest.fixture

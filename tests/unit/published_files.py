@@ -12,10 +12,9 @@ import pytest
 
 from sglang_weight_hook.layout import files
 
-torch = pytest.importorskip("torch")
-
 
 def a_model() -> Any:
+    torch = pytest.importorskip("torch")
     return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
 
 
