@@ -1,4 +1,7 @@
-"""The two versioned documents: what they are called, and the kinds of tensors in them."""
+"""The two versioned documents: what they are called, and the kinds of tensors in them.
+
+Their fields are declared in ``state_document.py`` and ``layout_document.py``.
+"""
 
 from __future__ import annotations
 

@@ -158,6 +158,16 @@ def test_names_that_are_no_text_are_valid(maps: Path) -> None:
     check(maps)
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_documents_of_an_earlier_release_are_valid(name: str) -> None:
+    """A field that came later is not required."""
+    folder = Path(__file__).parents[1] / "compatibility" / "documents_0_1"
+    paths = sorted(folder.glob(f"*/{name.format('0')}"))
+    assert paths
+    for path in paths:
+        validator(name).validate(json.loads(path.read_bytes()))
+
+
 # --- what is not is refused ---------------------------------------------------------------
 
 
@@ -219,7 +229,7 @@ def test_a_state_that_lacks_a_field_is_refused(field: str, runner: FakeRunner, m
 
 
 def test_every_field_that_is_published_is_described(layout: dict[str, Any], maps: Path) -> None:
-    """A new field comes with its line in the schema (and in docs/format.md)."""
+    """A new field comes with its line in the types that the schemas are made of."""
     schema = SCHEMAS[files.LAYOUT]
     parts = schema["properties"]
     undescribed = set(layout) - set(parts)
