@@ -41,6 +41,7 @@ lint: tools ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.format --check
 
 bench: tools ## what the hook costs, beside named baselines; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks
