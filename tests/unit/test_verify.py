@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from any_json import json_values, places
 from fake_sglang import FakeRunner, event, stream, update
 from hypothesis import given
 from hypothesis import strategies as st
@@ -302,19 +303,7 @@ def test_every_keyword_of_the_schemas_is_understood(name: str) -> None:
     assert keywords(SCHEMAS[name]) <= set(json_schema.KEYWORDS)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=6,
-)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path]
-    if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            found += places(item, (*path, key))
-    return found
+JSON = json_values(nan=False)  # jsonschema compares values with ==
 
 
 @pytest.fixture

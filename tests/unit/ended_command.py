@@ -1,0 +1,42 @@
+"""The command as it is run by a test, and what it said when it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("show", "regions", "lookup", "diff", "report", "watch", "verify", "doctor", "plot")
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def rows(self) -> list[list[str]]:
+        return [line.split() for line in self.out.splitlines()]
+
+
+Run = Callable[..., Ended]
+
+
+def sentence(ended: Ended, status: int) -> str:
+    """The one sentence of a refusal."""
+    assert ended.status == status
+    assert ended.out == ""
+    assert ended.err.startswith("sglang-weight-hook: ")
+    assert ended.err.count("\n") == 1
+    return ended.err
