@@ -6,7 +6,7 @@ BIN := $(TOOLS)/bin
 # Tests side by side.  A real server wants a core and 2 GB.
 JOBS ?= 2
 
-.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-gpu stress lint bench tools clean
+.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-gpu stress lint pre-commit bench tools clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -37,16 +37,21 @@ test-gpu: tools ## on a machine with a CUDA device and SGLang
 stress: tools ## tries to break it, with real processes (about an hour; docs/stress.md)
 	$(BIN)/python -m pytest -q -s --long tests/stress
 
-lint: tools ## ruff and mypy --strict
+lint: tools ## ruff, mypy --strict, who imports whom, generated pages up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python -m tools.api --check
 	$(BIN)/python -m tools.format --check
+
+pre-commit: tools ## runs the linters at each commit from now on
+	$(BIN)/pre-commit install
 
 bench: tools ## what the hook costs, beside named baselines; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
-tools: $(TOOLS)/stamp
+tools: $(TOOLS)/stamp ## only install what the other targets need
 
 # The tools' own venv; torch and SGLang are seen in the venv that the demo and the servers use.
 $(TOOLS)/stamp: pyproject.toml tests/tools.py
