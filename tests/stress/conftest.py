@@ -1,4 +1,4 @@
-"""Fixtures of the bench; ``--long`` (or ``STRESS=long``) for the long forms of its scenarios."""
+"""Fixtures of the stress tests; ``--long`` (or ``STRESS=long``) for their long forms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stress.bench import ROOT, Theatre
+from tests.stress.processes import ROOT, ForkServer
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,10 +57,10 @@ def print_regions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def theatre(faults: Path) -> Iterator[Theatre]:
-    """Scenes with the fault library at hand."""
+def fork_server(faults: Path) -> Iterator[ForkServer]:
+    """Scenarios with the fault library at hand."""
     pytest.importorskip("torch")
-    found = Theatre(faults)
+    found = ForkServer(faults)
     yield found
     found.close()
 
@@ -69,12 +69,12 @@ def theatre(faults: Path) -> Iterator[Theatre]:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests that publish themselves: nothing of it is left for the next one."""
     pytest.importorskip("torch")
-    from tests.stress import scenes
+    from tests.unit.fake_sglang import forget
 
     monkeypatch.setenv("SGLANG_WEIGHT_HOOK_DIR", "")
     monkeypatch.setenv("SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT", "")
     yield
-    scenes.forget()
+    forget()
 
 
 @pytest.fixture

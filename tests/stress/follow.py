@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import sglang_weight_hook as hook
-from tests.stress.bench import is_mixed
+from tests.stress.processes import is_mixed
 
 PATIENCE = 2.0  # seconds for one read; a publisher that was killed half way has a successor
 

@@ -13,13 +13,13 @@ import pytest
 import sglang_weight_hook as hook
 from cpu_sglang.environment import ensure_environment
 from tests.real_sglang.hooked import make_venv
-from tests.stress.bench import Theatre, whole_files
+from tests.stress.processes import ForkServer, whole_files
 
 
 def test_two_engines_updated_by_threads_while_children_are_forked(
-    theatre: Theatre, maps: Path, is_long: bool
+    fork_server: ForkServer, maps: Path, is_long: bool
 ) -> None:
-    told = theatre.play("threads_and_forks", directory=str(maps), rounds=300 if is_long else 20)
+    told = fork_server.run("threads_and_forks", directory=str(maps), rounds=300 if is_long else 20)
     assert told["errors"] == []
     assert told["statuses"] == [0]
     assert told["forks"] > 0
@@ -31,61 +31,65 @@ def test_two_engines_updated_by_threads_while_children_are_forked(
 
 
 def test_a_child_that_outlives_its_parent_does_not_keep_the_slot(
-    theatre: Theatre, maps: Path
+    fork_server: ForkServer, maps: Path
 ) -> None:
-    told = theatre.play("fork_and_go_on", directory=str(maps))
+    told = fork_server.run("fork_and_go_on", directory=str(maps))
     try:
         os.kill(told["child"], 0)  # it lives
         assert not hook.open_slot(str(maps), "0").owner_alive()
-        assert theatre.play("successor", directory=str(maps))["slot"] == "0"
+        assert fork_server.run("successor", directory=str(maps))["slot"] == "0"
     finally:
         os.kill(told["child"], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("how", ["at once", "at exit", "collected", "exception"])
 def test_the_interpreter_ends_while_threads_publish(
-    how: str, theatre: Theatre, tmp_path: Path, is_long: bool
+    how: str, fork_server: ForkServer, tmp_path: Path, is_long: bool
 ) -> None:
     for number in range(40 if is_long else 3):
         maps = tmp_path / str(number)
-        status, said = theatre.wait(
-            theatre.start("leave_while_publishing", directory=str(maps), how=how)
+        status, said = fork_server.wait(
+            fork_server.start("leave_while_publishing", directory=str(maps), how=how)
         )
         assert (status, said) == (1 if how == "exception" else 0, ""), said
         whole_files(maps)
         assert not hook.open_slot(str(maps), "0").owner_alive()
 
 
-def test_signals_all_the_time_change_nothing(theatre: Theatre, maps: Path, is_long: bool) -> None:
-    told = theatre.play("interrupted_often", directory=str(maps), updates=1000 if is_long else 50)
+def test_signals_all_the_time_change_nothing(
+    fork_server: ForkServer, maps: Path, is_long: bool
+) -> None:
+    told = fork_server.run(
+        "interrupted_often", directory=str(maps), updates=1000 if is_long else 50
+    )
     assert told["true"]
     assert told["said"] == []
     assert told["signals"] > 10
     print(f"{told['signals']} signals")
 
 
-def thrown_into(theatre: Theatre, tmp_path: Path, is_long: bool) -> list[dict[str, Any]]:
+def thrown_into(fork_server: ForkServer, tmp_path: Path, is_long: bool) -> list[dict[str, Any]]:
     """An exception out of a signal handler, once in each of the lines that an update executes."""
     line, told = 1, []
     while True:
-        told.append(theatre.play("thrown_into", directory=str(tmp_path / str(line)), line=line))
+        told.append(fork_server.run("thrown_into", directory=str(tmp_path / str(line)), line=line))
         if not told[-1]["thrown"] and not told[-1]["said"]:
             print(f"thrown into {len(told) - 1} of {line} lines")
             return told[:-1]
         line += 3 if is_long else 101
 
 
-def test_an_exception_thrown_by_a_signal_handler_leaves_no_lie_behind(
-    theatre: Theatre, tmp_path: Path, is_long: bool
+def test_an_exception_thrown_by_a_signal_handler_publishes_nothing_false(
+    fork_server: ForkServer, tmp_path: Path, is_long: bool
 ) -> None:
     """Ctrl-C in a program that survives it."""
-    assert not any(told["wrong"] for told in thrown_into(theatre, tmp_path, is_long))
+    assert not any(told["wrong"] for told in thrown_into(fork_server, tmp_path, is_long))
 
 
 def test_an_exception_thrown_by_a_signal_handler_does_not_end_the_publishing(
-    theatre: Theatre, tmp_path: Path, is_long: bool
+    fork_server: ForkServer, tmp_path: Path, is_long: bool
 ) -> None:
-    told = thrown_into(theatre, tmp_path, is_long)
+    told = thrown_into(fork_server, tmp_path, is_long)
     lost = sum(not one["healed"] for one in told)
     print(f"the next updates are not published after {lost} of {len(told)}")
     assert lost == 0

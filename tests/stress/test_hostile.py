@@ -16,11 +16,11 @@ import pytest
 import sglang_weight_hook as hook
 from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import verify
-from tests.stress.bench import ROOT, Theatre, whole_files
+from tests.stress.processes import ROOT, ForkServer, whole_files
 
 torch = pytest.importorskip("torch")
 
-from tests.stress import scenes  # noqa: E402
+from tests.stress import simulated_server  # noqa: E402
 from tests.unit.fake_sglang import FakeRunner, load, settle  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -67,28 +67,28 @@ def test_nothing_planted_is_written_through(
     maps.mkdir()
     other = tmp_path / "other"  # the two locks on one file would exclude each other
     other.write_text("")
-    scenes.fresh(str(maps))
-    playing = scenes.Player()
+    simulated_server.fresh(str(maps))
+    server = simulated_server.SimulatedServer()
     if when == "before":
         plant()
-    playing.load()
+    server.load()
     for _ in range(3):
         if when == "while":
             plant()
-        playing.move()
+        server.move()
     assert untouched(victim)
     assert not (tmp_path / "nowhere").exists()
     assert set(whole_files(maps)) == set(FILES)
     assert not any((maps / name).is_symlink() for name in FILES)
     assert not [name for name in os.listdir(maps) if name.startswith(".")]
-    assert scenes.is_true(playing)
+    assert simulated_server.is_true(server)
 
 
 def test_temporary_files_that_are_planted_all_the_time(
-    theatre: Theatre, maps: Path, victim: Path
+    fork_server: ForkServer, maps: Path, victim: Path
 ) -> None:
     """Another process puts links at the temporary names as fast as it can."""
-    publisher = theatre.start("publish_for_ever", directory=str(maps))
+    publisher = fork_server.start("publish_for_ever", directory=str(maps))
     names = [f".{name}.tmp-{publisher}" for name in FILES]
     planted = 0
     for _ in range(3000):
@@ -98,11 +98,11 @@ def test_temporary_files_that_are_planted_all_the_time(
                 planted += 1
             except OSError:
                 pass
-    theatre.kill(publisher)
+    fork_server.kill(publisher)
     assert planted > 0
     assert untouched(victim)
     whole_files(maps)
-    assert theatre.play("successor", directory=str(maps))["slot"] == "0"
+    assert fork_server.run("successor", directory=str(maps))["slot"] == "0"
     assert untouched(victim)
 
 
@@ -121,9 +121,9 @@ def shared() -> Iterator[Path]:
 
 
 def test_documents_are_for_all_to_read_and_for_the_owner_to_write(
-    theatre: Theatre, shared: Path
+    fork_server: ForkServer, shared: Path
 ) -> None:
-    theatre.play("successor", directory=str(shared / "maps"))
+    fork_server.run("successor", directory=str(shared / "maps"))
     modes = {path.name: path.stat().st_mode & 0o7777 for path in (shared / "maps").iterdir()}
     assert set(modes.values()) == {0o644}
     assert (shared / "maps").stat().st_mode & 0o7777 == 0o755
@@ -131,7 +131,7 @@ def test_documents_are_for_all_to_read_and_for_the_owner_to_write(
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["world-writable", "sticky"])
 def test_files_of_another_user_in_a_world_writable_directory(
-    mode: int, theatre: Theatre, shared: Path
+    mode: int, fork_server: ForkServer, shared: Path
 ) -> None:
     """Documents, temporary files and locks that the server may neither open nor remove."""
     maps = shared / "maps"
@@ -139,7 +139,7 @@ def test_files_of_another_user_in_a_world_writable_directory(
     for name in FILES:
         (maps / name).write_text("{}")
     maps.chmod(mode)
-    told = theatre.play("as_another_user", directory=str(maps), uid=NOBODY)
+    told = fork_server.run("as_another_user", directory=str(maps), uid=NOBODY)
     slot = hook.open_slot(str(maps), "0")
     assert len(told["said"]) == len(set(told["said"])) <= 4
     if mode == 0o777:
@@ -156,13 +156,13 @@ def test_files_of_another_user_in_a_world_writable_directory(
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_file_that_the_server_may_not_open(
-    lock: str, theatre: Theatre, shared: Path
+    lock: str, fork_server: ForkServer, shared: Path
 ) -> None:
     maps = shared / "maps"
     maps.mkdir()
     (maps / lock).touch(0o600)
     maps.chmod(0o1777)
-    told = theatre.play("as_another_user", directory=str(maps), uid=NOBODY)
+    told = fork_server.run("as_another_user", directory=str(maps), uid=NOBODY)
     assert len(told["said"]) == 1
     if lock == LOCKS[0]:
         state = json.loads((maps / "weight_state_0.json").read_bytes())
@@ -200,7 +200,7 @@ def named(names: list[str]) -> Any:
 
 def published(maps: Path, names: list[str]) -> None:
     model = named(names)
-    scenes.fresh(str(maps))
+    simulated_server.fresh(str(maps))
     runner = FakeRunner(model)
     load(runner)
     settle()
@@ -226,13 +226,13 @@ def test_the_commands_show_every_name_on_one_line(
     maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("typer")
-    from tests.stress import lies
+    from tests.stress import untrusted_documents
 
     published(maps, NAMES)
-    for arguments in lies.commands(maps, maps):
-        lies.check_command(arguments)
+    for arguments in untrusted_documents.commands(maps, maps):
+        untrusted_documents.check_command(arguments)
     for command in ("show", "verify"):
-        _, said = lies.run_command([command, "--dir", str(maps)])
+        _, said = untrusted_documents.run_command([command, "--dir", str(maps)])
         assert "\x1b[31m" not in said
 
 
@@ -243,7 +243,7 @@ def test_two_modules_whose_paths_spell_the_same_name_are_not_hushed_up(maps: Pat
     model.a.b = torch.nn.Parameter(torch.zeros(3))
     model._parameters["a.b"] = torch.nn.Parameter(torch.zeros(5))
     truth = {model.a.b.data_ptr(), model._parameters["a.b"].data_ptr()}
-    scenes.fresh(str(maps))
+    simulated_server.fresh(str(maps))
     runner = FakeRunner(model)
     load(runner)
     settle()

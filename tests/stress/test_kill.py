@@ -11,12 +11,12 @@ import pytest
 
 import sglang_weight_hook as hook
 from sglang_weight_hook.layout import files
-from tests.stress.bench import (
+from tests.stress.processes import (
     COUNT,
     KILL_AFTER,
     KILL_BEFORE,
     KILL_WITHIN,
-    Theatre,
+    ForkServer,
     is_mixed,
     whole_files,
 )
@@ -26,9 +26,9 @@ ALL_FILES = {document.format("0") for document in (*files.DOCUMENTS, files.SAVIN
 }
 
 
-def operations(theatre: Theatre, folder: Path) -> list[str]:
+def operations(fork_server: ForkServer, folder: Path) -> list[str]:
     """What one whole life does to files, in order."""
-    told = theatre.play("life", directory=str(folder / "counted"), at=0, action=COUNT)
+    told = fork_server.run("life", directory=str(folder / "counted"), at=0, action=COUNT)
     assert told["said"] == []
     trail: list[str] = told["trail"]
     assert len(trail) == told["operations"]
@@ -43,7 +43,7 @@ def look(maps: Path, seen: Counter[str]) -> None:
     try:
         document = slot.read(timeout=0)
     except hook.HookError:
-        # It had not published yet, or had withdrawn already.
+        # It had not published yet, or had removed its documents already.
         assert not {"weight_state_0.json", "weight_layout_0.json"} <= names
         seen["nothing there"] += 1
         return
@@ -54,20 +54,22 @@ def look(maps: Path, seen: Counter[str]) -> None:
 
 @pytest.mark.parametrize("how", [KILL_BEFORE, KILL_WITHIN, KILL_AFTER])
 def test_after_a_kill_at_any_operation_the_next_process_takes_over(
-    how: int, theatre: Theatre, tmp_path: Path, is_long: bool
+    how: int, fork_server: ForkServer, tmp_path: Path, is_long: bool
 ) -> None:
-    trail = operations(theatre, tmp_path)
+    trail = operations(fork_server, tmp_path)
     seen: Counter[str] = Counter()
     # The short form takes every eighth, starting elsewhere for each way of killing.
     for at in range(1 if is_long else how, len(trail) + 1, 1 if is_long else 8):
         if how == KILL_WITHIN and is_long and not trail[at - 1].startswith("write"):
             continue
         maps = tmp_path / f"maps{at}"
-        status, said = theatre.wait(theatre.start("life", directory=str(maps), at=at, action=how))
+        status, said = fork_server.wait(
+            fork_server.start("life", directory=str(maps), at=at, action=how)
+        )
         assert status == -signal.SIGKILL, (at, trail[at - 1], said)
         if maps.exists():
             look(maps, seen)
-        told = theatre.play("successor", directory=str(maps))
+        told = fork_server.run("successor", directory=str(maps))
         assert (told["slot"], told["said"]) == ("0", []), (at, trail[at - 1])
         assert set(os.listdir(maps)) == ALL_FILES, (at, trail[at - 1])
         document = hook.open_slot(str(maps), "0").read(timeout=0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_weight_hook.layout import files
-from tests.stress.bench import Actor, Child, Theatre
+from tests.stress.processes import Child, ForkServer, RunningScenario
 
 TIMEOUT = 0.5
 UPDATES = 5
@@ -34,7 +34,7 @@ while True:
 """
 
 
-def abused(server: Actor) -> dict[str, Any]:
+def abused(server: RunningScenario) -> dict[str, Any]:
     """What the server tells after its updates under abuse and one after it."""
     assert server.hear() == "abused"
     server.tell()
@@ -43,13 +43,15 @@ def abused(server: Actor) -> dict[str, Any]:
 
 
 @pytest.fixture
-def server(theatre: Theatre, maps: Path, tmp_path: Path) -> Iterator[Actor]:
+def server(fork_server: ForkServer, maps: Path, tmp_path: Path) -> Iterator[RunningScenario]:
     """It has loaded, and updates when it is told to."""
     arguments: dict[str, Any] = {"lock_timeout": TIMEOUT, "updates": UPDATES}
-    scene = "update_under_abuse"
-    with Actor(theatre, tmp_path / "talk", scene, directory=str(maps), **arguments) as playing:
-        assert playing.hear() == "loaded"
-        yield playing
+    scenario = "update_under_abuse"
+    with RunningScenario(
+        fork_server, tmp_path / "talk", scenario, directory=str(maps), **arguments
+    ) as running:
+        assert running.hear() == "loaded"
+        yield running
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def check_one_timeout(told: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("how", ["alone", "shared"])
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
-def test_held_for_ever(how: str, stopped: bool, server: Actor, lock: str) -> None:
+def test_held_for_ever(how: str, stopped: bool, server: RunningScenario, lock: str) -> None:
     with Child(HOLD, lock, how) as holder:
         assert holder.hear() == "held"
         if stopped:
@@ -84,7 +86,7 @@ def test_held_for_ever(how: str, stopped: bool, server: Actor, lock: str) -> Non
     assert told["after"] == "held"
 
 
-def test_a_reader_that_dies_holding_it_delays_nobody(server: Actor, lock: str) -> None:
+def test_a_reader_that_dies_holding_it_delays_nobody(server: RunningScenario, lock: str) -> None:
     with Child(HOLD, lock, "shared") as holder:
         assert holder.hear() == "held"
         holder.process.kill()
@@ -96,7 +98,7 @@ def test_a_reader_that_dies_holding_it_delays_nobody(server: Actor, lock: str) -
     assert told["said"] == []
 
 
-def test_taken_in_a_loop_by_many_readers(server: Actor, lock: str) -> None:
+def test_taken_in_a_loop_by_many_readers(server: RunningScenario, lock: str) -> None:
     """Together they hold it nearly always; each update gets it, or goes on without."""
     loopers = [Child(TAKE_IN_A_LOOP, lock) for _ in range(8)]
     try:
@@ -116,7 +118,7 @@ def test_taken_in_a_loop_by_many_readers(server: Actor, lock: str) -> None:
     print(f"{told['locks'].count('held')} of {UPDATES} updates had it, slept {told['slept']}")
 
 
-def test_deleted_and_held_anew(server: Actor, lock: str, maps: Path) -> None:
+def test_deleted_and_held_anew(server: RunningScenario, lock: str, maps: Path) -> None:
     """Somebody deletes the lock files and holds new ones: another name is published, and said."""
     owner = str(maps / files.OWNER_LOCK.format("0"))
     for path in (owner, lock):
@@ -134,19 +136,19 @@ def test_deleted_and_held_anew(server: Actor, lock: str, maps: Path) -> None:
 
 
 def test_the_owner_lock_held_by_a_stranger_sends_the_server_elsewhere(
-    theatre: Theatre, maps: Path
+    fork_server: ForkServer, maps: Path
 ) -> None:
     maps.mkdir()
     owner = maps / files.OWNER_LOCK.format("0")
     owner.touch()
     with Child(HOLD, str(owner), "alone") as stranger:
         assert stranger.hear() == "held"
-        told = theatre.play("successor", directory=str(maps))
+        told = fork_server.run("successor", directory=str(maps))
     assert told["slot"].startswith("0.")
     assert len(told["said"]) == 1
 
 
-def test_the_shell_can_hold_it_too(server: Actor, lock: str) -> None:
+def test_the_shell_can_hold_it_too(server: RunningScenario, lock: str) -> None:
     done = subprocess.run(["flock", "--shared", "--nonblock", lock, "true"], check=False)
     assert done.returncode == 0
     server.tell()

@@ -23,8 +23,8 @@ import pytest
 import sglang_weight_hook as hook
 from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader.watch import DirectoryWatch
-from tests.stress import bench
-from tests.stress.bench import FAIL, LOSE_ANSWER, SHORTEN, Theatre, whole_files
+from tests.stress import processes
+from tests.stress.processes import FAIL, LOSE_ANSWER, SHORTEN, ForkServer, whole_files
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -44,8 +44,10 @@ def check(told: dict[str, Any], case: str) -> None:
     assert len(told["said"]) == len(set(told["said"])) <= 4, (case, told["said"])
 
 
-def test_an_error_at_any_file_operation(theatre: Theatre, tmp_path: Path, is_long: bool) -> None:
-    counted = theatre.play("fault", directory=str(tmp_path / "0"), at=0, action=0, code=0)
+def test_an_error_at_any_file_operation(
+    fork_server: ForkServer, tmp_path: Path, is_long: bool
+) -> None:
+    counted = fork_server.run("fault", directory=str(tmp_path / "0"), at=0, action=0, code=0)
     check(counted, "no fault")
     assert counted["said"] == []
     every = list(itertools.product(range(1, counted["operations"] + 1), ERRORS, (1, 3, FOR_EVER)))
@@ -54,61 +56,63 @@ def test_an_error_at_any_file_operation(theatre: Theatre, tmp_path: Path, is_lon
     cases = every if is_long else worst + every[::97]
     for number, (at, code, times) in enumerate(cases):
         maps = str(tmp_path / f"maps{number}")
-        told = theatre.play("fault", directory=maps, at=at, action=FAIL, code=code, times=times)
+        told = fork_server.run("fault", directory=maps, at=at, action=FAIL, code=code, times=times)
         check(told, f"{errno.errorcode[code]} at {at}, times {times}")
     print(f"{len(cases)} of {len(every)} faults")
 
 
-def test_renames_that_fail_as_over_nfs(theatre: Theatre, tmp_path: Path, is_long: bool) -> None:
+def test_renames_that_fail_as_over_nfs(
+    fork_server: ForkServer, tmp_path: Path, is_long: bool
+) -> None:
     every = list(itertools.product(range(1, 25), NFS_ERRORS, (FAIL, LOSE_ANSWER), (1, 2, FOR_EVER)))
     cases = every if is_long else every[::37]
     for number, (at, code, action, times) in enumerate(cases):
         maps = str(tmp_path / f"maps{number}")
         case = {"at": at, "code": code, "action": action, "times": times}
-        told = theatre.play("fault", directory=maps, mask=bench.RENAME, **case)
+        told = fork_server.run("fault", directory=maps, mask=processes.RENAME, **case)
         check(told, str(case))
     print(f"{len(cases)} of {len(every)} faults of rename")
 
 
 def test_other_answers_that_get_lost_over_nfs(
-    theatre: Theatre, tmp_path: Path, is_long: bool
+    fork_server: ForkServer, tmp_path: Path, is_long: bool
 ) -> None:
     answers = (
-        (bench.OPEN, errno.EEXIST),
-        (bench.CLOSE, errno.EIO),
-        (bench.CLOSE, errno.ENOSPC),
-        (bench.UNLINK, errno.ENOENT),
+        (processes.OPEN, errno.EEXIST),
+        (processes.CLOSE, errno.EIO),
+        (processes.CLOSE, errno.ENOSPC),
+        (processes.UNLINK, errno.ENOENT),
     )
     for number, (mask, code) in enumerate(answers):
         for at in range(1, 20) if is_long else (2, 9):
             maps = str(tmp_path / f"maps{number} {at}")
-            told = theatre.play(
+            told = fork_server.run(
                 "fault", directory=maps, mask=mask, code=code, at=at, action=LOSE_ANSWER
             )
             check(told, f"operation {mask}, {at}")
 
 
-def test_every_write_is_a_short_one(theatre: Theatre, tmp_path: Path) -> None:
-    told = theatre.play(
+def test_every_write_is_a_short_one(fork_server: ForkServer, tmp_path: Path) -> None:
+    told = fork_server.run(
         "fault",
         directory=str(tmp_path / "maps"),
         at=1,
         action=SHORTEN,
         code=0,
-        mask=bench.WRITE,
+        mask=processes.WRITE,
         times=FOR_EVER,
     )
     check(told, "short writes")
     assert told["said"] == []
 
 
-def test_a_start_on_a_faulty_place(theatre: Theatre, tmp_path: Path, is_long: bool) -> None:
+def test_a_start_on_a_faulty_place(fork_server: ForkServer, tmp_path: Path, is_long: bool) -> None:
     """Where the claim itself fails nothing is published, and that is said; else it heals."""
     outcomes: Counter[str] = Counter()
     every = list(itertools.product(range(1, 37), ERRORS, (1, 3, FOR_EVER)))
     for number, (at, code, times) in enumerate(every if is_long else every[::31]):
         maps = tmp_path / f"maps{number}"
-        told = theatre.play(
+        told = fork_server.run(
             "faulty_start", directory=str(maps), at=at, action=FAIL, code=code, times=times
         )
         assert len(told["said"]) == len(set(told["said"])) <= 4, told["said"]
@@ -134,20 +138,20 @@ def mounted(maps: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(maps)], check=True)
 
 
-def player(maps: Path, timeout: float = 0.05) -> Any:
+def a_server(maps: Path, timeout: float = 0.05) -> Any:
     """A runner in this very process."""
     pytest.importorskip("torch")
-    from tests.stress import scenes
+    from tests.stress import simulated_server
 
-    scenes.fresh(str(maps), timeout)
-    return scenes.Player()
+    simulated_server.fresh(str(maps), timeout)
+    return simulated_server.SimulatedServer()
 
 
-def read_true(maps: Path, playing: Any) -> hook.Document:
+def read_true(maps: Path, server: Any) -> hook.Document:
     document = hook.open_slot(str(maps), "0").read(timeout=0)
     assert document.owner_alive()
     found = {name: [t["ptr"], t["shape"]] for name, t in document.tensors.items()}
-    assert found == playing.truth()
+    assert found == server.truth()
     return document
 
 
@@ -167,45 +171,45 @@ def test_a_disk_that_turns_read_only_shows_nobody_alive(maps: Path, tmp_path: Pa
             pytest.skip(f"no loop file system here: {error}")
     slot = hook.open_slot(str(maps), "0")
     try:
-        playing = player(maps)
-        playing.load()
-        playing.move()
-        read_true(maps, playing)
+        server = a_server(maps)
+        server.load()
+        server.move()
+        read_true(maps, server)
         # What errors=remount-ro does: it asks nobody, unlike an administrator's remount.
         subprocess.run(["mount", "-o", "remount,abort", maps], check=True)
         for _ in range(3):
-            playing.move()
+            server.move()
             assert not slot.owner_alive()
             assert not slot.read(timeout=0).owner_alive()
     finally:
         subprocess.run(["umount", "--lazy", maps], check=True)
-    playing.move()
-    assert read_true(maps, playing).state["lock"] == "held"
+    server.move()
+    assert read_true(maps, server).state["lock"] == "held"
 
 
 def test_a_disk_without_a_free_inode(mounted: Path) -> None:
-    playing = player(mounted)
-    playing.load()
+    server = a_server(mounted)
+    server.load()
     number = 0
     with contextlib.suppress(OSError):
         for number in range(100):
             (mounted / f"other{number}").touch()
     assert number < 99
     for _ in range(3):
-        playing.move()
+        server.move()
         whole_files(mounted)
         document = hook.open_slot(str(mounted), "0")
         assert not (mounted / "weight_state_0.json").exists() or document.read_state()["problem"]
     for other in range(number):
         (mounted / f"other{other}").unlink()
-    playing.move()
-    read_true(mounted, playing)
+    server.move()
+    read_true(mounted, server)
 
 
 def test_a_directory_removed_over_and_over_while_the_server_publishes(
-    theatre: Theatre, maps: Path, is_long: bool
+    fork_server: ForkServer, maps: Path, is_long: bool
 ) -> None:
-    publisher = theatre.start("publish_for_ever", directory=str(maps))
+    publisher = fork_server.start("publish_for_ever", directory=str(maps))
     removed = 0
     for _ in range(1000 if is_long else 50):
         for _ in range(500):
@@ -220,17 +224,17 @@ def test_a_directory_removed_over_and_over_while_the_server_publishes(
         threading.Event().wait(0.01)
     slots = hook.open_directory(str(maps)).slots()
     alive = [slot.name for slot in slots if slot.owner_alive()]
-    theatre.kill(publisher)
+    fork_server.kill(publisher)
     assert len(alive) == 1, [slot.name for slot in slots]
     document = hook.open_slot(str(maps), alive[0]).read(timeout=0)
-    assert not bench.is_mixed(document.raw)
+    assert not processes.is_mixed(document.raw)
     print(f"removed {removed} times")
 
 
 def test_no_descriptor_left_to_open_a_file(maps: Path) -> None:
     """RLIMIT_NOFILE for real: descriptors that are open stay so, and no other can be had."""
-    playing = player(maps)
-    playing.load()
+    server = a_server(maps)
+    server.load()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
     taken = []
@@ -239,18 +243,18 @@ def test_no_descriptor_left_to_open_a_file(maps: Path) -> None:
             while True:
                 taken.append(os.open("/dev/null", os.O_RDONLY))
         for _ in range(3):
-            playing.move()
+            server.move()
     finally:
         for descriptor in taken:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert whole_files(maps).keys() <= {"weight_update_summary_0.json"}
-    playing.move()
-    read_true(maps, playing)
+    server.move()
+    read_true(maps, server)
 
 
-def test_a_clock_that_goes_backwards(theatre: Theatre, maps: Path) -> None:
-    told = theatre.play("clock_backwards", directory=str(maps))
+def test_a_clock_that_goes_backwards(fork_server: ForkServer, maps: Path) -> None:
+    told = fork_server.run("clock_backwards", directory=str(maps))
     generations, times, locks = zip(*told["states"])
     assert list(generations) == list(range(generations[0], generations[0] + 10))
     assert list(times) == sorted(times, reverse=True)
@@ -297,9 +301,9 @@ def test_without_a_free_inotify_instance_changes_are_polled_for(tmp_path: Path) 
             os.close(descriptor)
 
 
-def test_ten_thousand_stale_files(theatre: Theatre, maps: Path, is_long: bool) -> None:
+def test_ten_thousand_stale_files(fork_server: ForkServer, maps: Path, is_long: bool) -> None:
     """Of dead servers, of killed publications, of others: the slot is claimed and found."""
-    theatre.play("successor", directory=str(maps))
+    fork_server.run("successor", directory=str(maps))
     count = 10_000 if is_long else 2_000
     dead = {name: data for name in os.listdir(maps) if (data := (maps / name).read_bytes())}
     for number in range(100, 100 + count // 10):
@@ -310,7 +314,7 @@ def test_ten_thousand_stale_files(theatre: Theatre, maps: Path, is_long: bool) -
         (maps / f"unrelated{number}").touch()
         (maps / f"weight_state_{number}.json.bak").touch()
     assert len(os.listdir(maps)) >= count
-    told = theatre.play("successor", directory=str(maps))
+    told = fork_server.run("successor", directory=str(maps))
     assert (told["slot"], told["said"]) == ("0", [])
     assert not [name for name in os.listdir(maps) if name.startswith(".")]
     directory = hook.open_directory(str(maps))
@@ -321,8 +325,8 @@ def test_ten_thousand_stale_files(theatre: Theatre, maps: Path, is_long: bool) -
     assert len(events) == len(slots)
     done = subprocess.run(
         [sys.executable, "-m", "sglang_weight_hook", "report", "--dir", str(maps)],
-        cwd=bench.ROOT,
-        env=bench.environment(),
+        cwd=processes.ROOT,
+        env=processes.environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -16,13 +16,13 @@ import pytest
 import sglang_weight_hook as hook
 from sglang_weight_hook import reader
 from sglang_weight_hook.publisher import publish
-from tests.stress.bench import ROOT, TENSORS, Theatre, environment, length_at
+from tests.stress.processes import ROOT, TENSORS, ForkServer, environment, length_at
 
 READERS = 8
 
 
 class CReaders(threading.Thread):
-    """Runs the C example over and over and holds each answer against the rule of the bench."""
+    """Runs the C example over and over and holds each answer against `processes.length_at`."""
 
     def __init__(self, program: Path, maps: Path) -> None:
         super().__init__(daemon=True)
@@ -63,13 +63,13 @@ def publish_some(maps: Path, publisher: int, generations: int) -> None:
 
 
 def test_no_read_is_torn_mixed_or_of_a_dead_owner_shown_as_live(
-    theatre: Theatre, maps: Path, tmp_path: Path, print_regions: Path, is_long: bool
+    fork_server: ForkServer, maps: Path, tmp_path: Path, print_regions: Path, is_long: bool
 ) -> None:
     """Eight readers in Python and one in C, while publishers come and are killed."""
     wanted = (100_000 if is_long else 3_000) // READERS
     dead = tmp_path / "dead"
     dead.touch()
-    publisher = theatre.start("publish_for_ever", directory=str(maps))
+    publisher = fork_server.start("publish_for_ever", directory=str(maps))
     publish_some(maps, publisher, generations=1)
     followers = [
         subprocess.Popen(
@@ -87,21 +87,21 @@ def test_no_read_is_torn_mixed_or_of_a_dead_owner_shown_as_live(
     try:
         while any(follower.poll() is None for follower in followers):
             publish_some(maps, publisher, generations=30 if is_long else 10)
-            theatre.kill(publisher)
+            fork_server.kill(publisher)
             killed += 1
             with open(dead, "a") as file:
                 file.write(f"{publisher}\n")
             state = maps / "weight_state_0.json"
             if state.exists():
                 generations += json.loads(state.read_bytes())["layout_generation"]
-            publisher = theatre.start("publish_for_ever", directory=str(maps))
+            publisher = fork_server.start("publish_for_ever", directory=str(maps))
     finally:
         for follower in followers:
             follower.kill()
         said = [follower.communicate()[0] for follower in followers]
         in_c.enough.set()
         in_c.join()
-        theatre.kill(publisher)
+        fork_server.kill(publisher)
     total: Counter[str] = Counter()
     for line in said:
         total.update(json.loads(line))
@@ -117,11 +117,11 @@ def test_no_read_is_torn_mixed_or_of_a_dead_owner_shown_as_live(
     assert not hook.open_slot(str(maps), "0").owner_alive()
 
 
-def test_what_a_dead_owner_left_is_gone_before_its_successor_is_seen_alive(
-    theatre: Theatre, maps: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_dead_owner_left_is_removed_before_its_successor_is_seen_alive(
+    fork_server: ForkServer, maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theatre.play("life", directory=str(maps), at=0, action=0)
-    theatre.play("successor", directory=str(maps))
+    fork_server.run("life", directory=str(maps), at=0, action=0)
+    fork_server.run("successor", directory=str(maps))
     slot = reader.open_slot(str(maps), "0")
     seen = []
     really = os.unlink
@@ -139,8 +139,10 @@ def test_what_a_dead_owner_left_is_gone_before_its_successor_is_seen_alive(
     successor.abandon()
 
 
-def test_a_document_is_not_alive_because_of_a_successor(theatre: Theatre, maps: Path) -> None:
-    theatre.play("successor", directory=str(maps))
+def test_a_document_is_not_alive_because_of_a_successor(
+    fork_server: ForkServer, maps: Path
+) -> None:
+    fork_server.run("successor", directory=str(maps))
     slot = reader.open_slot(str(maps), "0")
     document = slot.read(timeout=0)
     successor = publish.Slot(str(maps), "0", 1.0)

@@ -2,7 +2,7 @@
 
 The wheel carries the unit tests of ``sglang.multimodal_gen`` (about 400 files, of which those
 run here whose imports are there), and helpers and server tests that need a GPU or a checkpoint
-from the network.  What is wrapped lies in ``sglang.srt``, whose unit tests are not in the wheel:
+from the network.  What is wrapped is in ``sglang.srt``, whose unit tests are not in the wheel:
 the real servers of ``tests/real_sglang`` are there for that.
 """
 

@@ -19,7 +19,7 @@ import sglang_weight_hook as hook
 from cpu_sglang.environment import ensure_environment
 from tests.real_sglang.hooked import HookedServer, make_checkpoint, make_venv, pid_of
 from tests.real_sglang.scenario import check
-from tests.stress.bench import Theatre, measure
+from tests.stress.processes import ForkServer, measure
 
 GROWTH = 32 * 1024**2  # bytes of resident memory that may come and go: allocator, page cache
 
@@ -57,15 +57,50 @@ class Follower(threading.Thread):
                 self.errors.append(str(error))
 
 
-def test_the_hook_alone_keeps_nothing(theatre: Theatre, maps: Path, is_long: bool) -> None:
+def test_the_hook_alone_keeps_nothing(fork_server: ForkServer, maps: Path, is_long: bool) -> None:
     rounds = 10_000 if is_long else 200
-    told = theatre.play("grows", directory=str(maps), rounds=rounds)
+    told = fork_server.run("grows", directory=str(maps), rounds=rounds)
     early, late = told["early"], told["late"]
     print(f"{rounds} rounds of 6 events: {early}, then {late}")
     assert late["resident"] <= early["resident"] + 1024**2
     assert late["descriptors"] == early["descriptors"]
     assert late["files"] == early["files"]
     assert late["objects"] <= early["objects"] + 100
+
+
+class Load:
+    """Updates, releases and requests of one server, one after the other, and how many of each."""
+
+    def __init__(self, server: HookedServer, models: list[Path], follower: Follower) -> None:
+        self.server, self.models, self.follower = server, models, follower
+        self.updates = self.releases = self.requests = 0
+        self._says = {0: server.generate()}
+
+    def turn(self) -> None:
+        """One update and a request; at times a release and a resume, or an update that fails."""
+        self._update(self.models[(self.updates + 1) % 2])
+        self.updates += 1
+        said = self.server.generate()
+        assert said == self._says.setdefault(self.updates % 2, said)
+        self.requests += 1
+        if self.updates % 5 == 0:
+            self.server.wait_idle()
+            for route in ("/release_memory_occupation", "/resume_memory_occupation"):
+                status, answer = self.server.post(route)
+                assert status == 200, answer
+                self.follower.catch_up()
+            self.releases += 1
+        if self.updates % 7 == 0:
+            missing = self.models[0].parent / "missing"
+            status, answer = self.server.update_weights_from_disk(missing)
+            assert (status, answer["success"]) == (400, False)
+            self.follower.catch_up()
+            self._update(self.models[self.updates % 2])
+
+    def _update(self, model: Path) -> None:
+        status, answer = self.server.update_weights_from_disk(model)
+        assert (status, answer["success"]) == (200, True), answer
+        self.follower.catch_up()
 
 
 def test_hours_of_updates_releases_and_requests(tmp_path: Path, is_long: bool) -> None:
@@ -76,36 +111,15 @@ def test_hours_of_updates_releases_and_requests(tmp_path: Path, is_long: bool) -
     python = make_venv(tmp_path / "venv", environment)
     models = [make_checkpoint(environment, tmp_path / str(seed), seed) for seed in (1, 2)]
     measured: list[tuple[int, int, list[str]]] = []
-    updates = releases = requests = 0
     with HookedServer(environment, python, models[0], tmp_path / "server") as server:
         (slot,) = server.maps.slots()
         pid = pid_of(slot)
-        says = {0: server.generate()}
         follower = Follower(slot)
+        load = Load(server, models, follower)
         follower.start()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            status, answer = server.update_weights_from_disk(models[(updates + 1) % 2])
-            assert (status, answer["success"]) == (200, True), answer
-            updates += 1
-            follower.catch_up()
-            said = server.generate()
-            assert said == says.setdefault(updates % 2, said)
-            requests += 1
-            if updates % 5 == 0:
-                server.wait_idle()
-                for route in ("/release_memory_occupation", "/resume_memory_occupation"):
-                    status, answer = server.post(route)
-                    assert status == 200, answer
-                    follower.catch_up()
-                releases += 1
-            if updates % 7 == 0:
-                status, answer = server.update_weights_from_disk(tmp_path / "missing")
-                assert (status, answer["success"]) == (400, False)
-                follower.catch_up()
-                status, answer = server.update_weights_from_disk(models[updates % 2])
-                assert (status, answer["success"]) == (200, True)
-                follower.catch_up()
+            load.turn()
             measured.append(measure(pid, Path(slot.directory)))
         check(server, [slot], "ready", updated=True)
         last = slot.read_state()
@@ -119,7 +133,8 @@ def test_hours_of_updates_releases_and_requests(tmp_path: Path, is_long: bool) -
     late = statistics.median(resident[-quarter:])
     generations = [state["content_generation"] for state in follower.states]
     print(
-        f"{seconds:g} s: {updates} updates, {releases} releases, {requests} requests; "
+        f"{seconds:g} s: {load.updates} updates, {load.releases} releases, "
+        f"{load.requests} requests; "
         f"{len(follower.states)} states seen, content generations {generations[0]} to "
         f"{generations[-1]}; resident {early / 1e6:.1f} then {late / 1e6:.1f} MB, "
         f"descriptors {sorted({one[1] for one in measured[quarter:]})}, "

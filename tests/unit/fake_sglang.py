@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_weight_hook.publisher import recorder
+from sglang_weight_hook.publisher import once, recorder, settings
 
 
 class FakeConfig:
@@ -36,6 +36,13 @@ class FakeRunner:
         if draft_index is not None:
             self.draft_model_idx = draft_index
         self.model_config = FakeConfig()
+
+
+def forget() -> None:
+    """Put the publisher's state for this process back to that of a fresh process."""
+    recorder._after_fork_in_child()
+    once._said.clear()
+    settings._base = settings._settings = None
 
 
 def event(

@@ -1,4 +1,4 @@
-"""Documents that lie: the reader and every command answer, or refuse with one sentence."""
+"""Untrusted documents: the reader and every command answer, or refuse with one sentence."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from hypothesis import strategies as st
 import sglang_weight_hook as hook
 from sglang_weight_hook import reader
 from sglang_weight_hook.layout import files
-from tests.stress import lies
-from tests.stress.bench import ROOT, Theatre, environment
+from tests.stress import untrusted_documents
+from tests.stress.processes import ROOT, ForkServer, environment
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # nothing is stored between runs
 
 
 @pytest.fixture(scope="session")
-def folder(theatre: Theatre, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With ``maps/``, a good directory as a dead process of the real recorder left it."""
-    folder = tmp_path_factory.mktemp("lies")
-    theatre.play("successor", directory=str(folder / "maps"))
+    folder = tmp_path_factory.mktemp("untrusted")
+    fork_server.run("successor", directory=str(folder / "maps"))
     return folder
 
 
@@ -44,13 +44,15 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader.Slot.read, "__defaults__", (0.0,))
 
 
-def test_a_lie_is_an_answer_or_one_documented_error(folder: Path, is_long: bool) -> None:
-    good, bad = folder / "maps", folder / "lying"
-    every = lies.commands(good, bad)
-    for arguments in every:  # without a lie all is well
+def test_a_changed_document_is_an_answer_or_one_documented_error(
+    folder: Path, is_long: bool
+) -> None:
+    good, bad = folder / "maps", folder / "untrusted"
+    every = untrusted_documents.commands(good, bad)
+    for arguments in every:  # unchanged, all is well
         shutil.rmtree(bad, ignore_errors=True)
         shutil.copytree(good, bad)
-        lies.check_command(arguments)
+        untrusted_documents.check_command(arguments)
     examples = 0
 
     @settings(
@@ -69,16 +71,16 @@ def test_a_lie_is_an_answer_or_one_documented_error(folder: Path, is_long: bool)
         def pick(count: int) -> int:
             return data.draw(st.integers(0, count - 1))
 
-        lies.spread(good, bad, pick)
-        lies.read_all(good, bad)
+        untrusted_documents.spread(good, bad, pick)
+        untrusted_documents.read_all(good, bad)
         for number in range(3 if is_long else 1):
-            lies.check_command(every[(examples + 7 * number) % len(every)])
+            untrusted_documents.check_command(every[(examples + 7 * number) % len(every)])
 
     check()
-    print(f"{examples} lying directories")
+    print(f"{examples} directories")
 
 
-def test_a_lie_found_by_coverage(folder: Path, is_long: bool) -> None:
+def test_changed_documents_found_by_coverage(folder: Path, is_long: bool) -> None:
     """atheris; where it is not installed, ATHERIS_PYTHON may name an interpreter that has it."""
     python = os.environ.get("ATHERIS_PYTHON", sys.executable)
     probe = [python, "-c", "import atheris, typer, rich"]
@@ -86,8 +88,8 @@ def test_a_lie_found_by_coverage(folder: Path, is_long: bool) -> None:
         pytest.skip("atheris is not installed; ATHERIS_PYTHON may name an interpreter that has it")
     seconds = 120 if is_long else 3
     done = subprocess.run(
-        [python, "-m", "tests.stress.lies", str(folder), f"-max_total_time={seconds}",
-         "-rss_limit_mb=1500", "-timeout=30", "-max_len=256"],
+        [python, "-m", "tests.stress.untrusted_documents", str(folder),
+         f"-max_total_time={seconds}", "-rss_limit_mb=1500", "-timeout=30", "-max_len=256"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -99,7 +101,7 @@ def test_a_lie_found_by_coverage(folder: Path, is_long: bool) -> None:
     print(f"atheris: {count}")
 
 
-# --- particular lies ------------------------------------------------------------------------
+# --- particular cases ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -111,8 +113,8 @@ def bad(folder: Path, tmp_path: Path) -> Path:
 def refused(bad: Path) -> str:
     with pytest.raises(hook.HookError) as caught:
         hook.open_slot(str(bad), "0").read(timeout=0)
-    for arguments in lies.commands(bad, bad):
-        lies.check_command(arguments)
+    for arguments in untrusted_documents.commands(bad, bad):
+        untrusted_documents.check_command(arguments)
     return str(caught.value)
 
 
@@ -180,8 +182,8 @@ def test_shapes_whose_product_no_memory_could_hold(dimensions: list[int], bad: P
         assert all(tensor.itemsize == 0 for tensor in document.iter_tensors())
     except hook.HookError:
         assert len(dimensions) != 128
-    for arguments in lies.commands(bad, bad):
-        lies.check_command(arguments)
+    for arguments in untrusted_documents.commands(bad, bad):
+        untrusted_documents.check_command(arguments)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 10_000_000, "../0", "/", ".", "", "a\nb"])
@@ -215,5 +217,5 @@ def test_a_file_name_that_only_looks_like_a_slots_is_no_slot(bad: Path) -> None:
     for name in ("0\n0", "\udcff"):
         for document in files.DOCUMENTS:
             shutil.copy(bad / document.format("0"), bad / document.format(name))
-    for arguments in lies.commands(bad, bad):
-        lies.check_command(arguments)
+    for arguments in untrusted_documents.commands(bad, bad):
+        untrusted_documents.check_command(arguments)

@@ -1,10 +1,11 @@
-"""Documents that lie, and everything that reads them.
+"""Documents with any change somewhere, and everything that reads them.
 
-With hypothesis from `test_lies.py`; with atheris, where it is installed:
+With hypothesis from `test_untrusted_documents.py`; with atheris, where it is installed:
 
-    python -m tests.stress.lies FOLDER -max_total_time=60
+    python -m tests.stress.untrusted_documents FOLDER -max_total_time=60
 
-FOLDER holds a good ``maps/`` directory (`test_lies.py` makes one) and takes what was found.
+FOLDER holds a good ``maps/`` directory (`test_untrusted_documents.py` makes one) and takes
+what was found.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sglang_weight_hook.reader import totals
 
 Pick = Callable[[int], int]  # a number from 0 to n - 1
 
-LIES: tuple[Any, ...] = (
+VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 4096, 2**31, 2**63 - 1, 2**63, 2**64, 2**64 + 1, -(2**63),
     10**400, 1.5, -0.0, 1e308, float("inf"), float("nan"), "", "x", "0", "\0", "\n", "\x1b[2J",
     "\ud800", "é" * 50, "a" * 100_000, "../../etc/passwd", "<script>alert(1)</script>",
@@ -54,47 +55,47 @@ def places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     return found
 
 
-def lie(document: Any, pick: Pick) -> Any:
+def corrupt(document: Any, pick: Pick) -> Any:
     """Change a few things somewhere in a document, in place."""
     for _ in range(1 + pick(4)):
         every = places(document, [])
         if not every:
             break
         container, key = every[pick(len(every))]
-        deed = pick(6)
-        if deed == 0 and isinstance(container, dict):
+        way = pick(6)
+        if way == 0 and isinstance(container, dict):
             del container[key]
-        elif deed == 1:
+        elif way == 1:
             other, that = every[pick(len(every))]
             container[key] = copy.deepcopy(other[that])
-        elif deed == 2 and isinstance(container, dict):
-            name = LIES[pick(len(LIES))]
+        elif way == 2 and isinstance(container, dict):
+            name = VALUES[pick(len(VALUES))]
             if isinstance(name, str):
                 container[name] = container.pop(key)
-        elif deed == 3:
+        elif way == 3:
             container[key] = nested(1 + pick(200))
         else:
-            container[key] = copy.deepcopy(LIES[pick(len(LIES))])
+            container[key] = copy.deepcopy(VALUES[pick(len(VALUES))])
     return document
 
 
 def spoil(data: bytes, pick: Pick) -> bytes:
     """Change the bytes of a file."""
-    deed = pick(5)
+    way = pick(5)
     where = pick(len(data) + 1)
-    if deed == 0:
+    if way == 0:
         return data[:where]
-    if deed == 1:
+    if way == 1:
         return data[:where] + bytes([pick(256)]) + data[where + 1 :]
-    if deed == 2:
+    if way == 2:
         return data[:where] + data[:where]
-    if deed == 3:
+    if way == 3:
         return data[:where] + b"[" * 100_000 + data[where:]
     return data[:where] + b"9" * 10_000 + data[where:]
 
 
 def spread(good: Path, bad: Path, pick: Pick) -> None:
-    """A copy of the directory ``good`` in which some file lies."""
+    """A copy of the directory ``good`` in which some file untrusted_documents."""
     shutil.rmtree(bad, ignore_errors=True)
     shutil.copytree(good, bad)
     names = sorted(name for name in os.listdir(good) if name.endswith(".json"))
@@ -104,7 +105,7 @@ def spread(good: Path, bad: Path, pick: Pick) -> None:
         data = path.read_bytes()
         if pick(4):
             with contextlib.suppress(ValueError):
-                data = json.dumps(lie(json.loads(data), pick)).encode()
+                data = json.dumps(corrupt(json.loads(data), pick)).encode()
         else:
             data = spoil(data, pick)
         path.write_bytes(data)
@@ -207,7 +208,7 @@ def main() -> None:
     import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     folder = Path(sys.argv[1]).resolve()
-    good, bad = folder / "maps", folder / "lying"
+    good, bad = folder / "maps", folder / "untrusted"
     no_waiting()
     every = commands(good, bad)
 

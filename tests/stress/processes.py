@@ -1,6 +1,6 @@
-"""What the scenarios share: processes that play scenes, and what can be checked from outside.
+"""What the scenarios share: processes under test, and what can be checked from outside.
 
-No torch here: the readers of the bench go without, as readers do.
+No torch here: readers go without it here, as readers do.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ OPEN, WRITE, CLOSE, RENAME, UNLINK, MKDIR, FLOCK = (1 << bit for bit in range(7)
 
 
 def length_at(generation: int) -> int:
-    """The length of every tensor of `scenes.Weights` at a layout generation."""
+    """The length of every tensor of `simulated_server.Weights` at a layout generation."""
     return 1000 + generation % 1000
 
 
 def is_mixed(layout: Mapping[str, Any]) -> bool:
-    """Whether a layout document of `scenes.Weights` is of more than one generation.
+    """Whether a layout document of `simulated_server.Weights` is of more than one generation.
 
-    An empty one is a map that was withdrawn.
+    An empty one is a map that was invalidated.
     """
     length = length_at(layout["layout_generation"])
     tensors = layout["tensors"].values()
@@ -61,47 +61,47 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
-class Theatre:
-    """A process in whose forked children scenes are played."""
+class ForkServer:
+    """A process in whose forked children scenarios run."""
 
     def __init__(self, faults: Optional[Path] = None) -> None:
         preload = {} if faults is None else {"LD_PRELOAD": str(faults)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.stress.scenes"],
+            [sys.executable, "-m", "tests.stress.fork_server"],
             cwd=ROOT,
             env=environment(**preload),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._playing: set[int] = set()
+        self._running: set[int] = set()
 
-    def start(self, scene: str, **arguments: Any) -> int:
-        """The pid of a child that plays."""
-        pid = int(self._ask({"scene": scene, "arguments": arguments})["pid"])
-        self._playing.add(pid)
+    def start(self, scenario: str, **arguments: Any) -> int:
+        """The pid of a child that runs it."""
+        pid = int(self._ask({"scenario": scenario, "arguments": arguments})["pid"])
+        self._running.add(pid)
         return pid
 
     def wait(self, pid: int) -> tuple[int, str]:
         """Exit status (negative: the signal), and what it said."""
         answer = self._ask({"wait": pid})
-        self._playing.discard(pid)
+        self._running.discard(pid)
         return answer["status"], answer["said"]
 
-    def play(self, scene: str, **arguments: Any) -> Any:
-        """Play to the end; what it returned."""
-        status, said = self.wait(self.start(scene, **arguments))
+    def run(self, scenario: str, **arguments: Any) -> Any:
+        """Run to the end; what it returned."""
+        status, said = self.wait(self.start(scenario, **arguments))
         assert status == 0, said
         return json.loads(said)
 
     def kill(self, pid: int) -> None:
         """End a child, unless it was waited for already."""
-        if pid in self._playing:
+        if pid in self._running:
             os.kill(pid, signal.SIGKILL)
             self.wait(pid)
 
     def close(self) -> None:
-        for pid in list(self._playing):
+        for pid in list(self._running):
             self.kill(pid)
         self._process.communicate()
 
@@ -115,7 +115,7 @@ class Theatre:
 
 
 class Child:
-    """A process that plays one scene and talks over pipes; ended with the `with` block."""
+    """A process that runs one piece of code and talks over pipes; ended with the `with` block."""
 
     def __init__(self, code: str, *arguments: str, **more: str) -> None:
         self.process = subprocess.Popen(
@@ -150,24 +150,26 @@ class Child:
         self.process.stdin.flush()
 
 
-class Actor:
-    """A scene that can be talked to while it plays; ended with the `with` block."""
+class RunningScenario:
+    """A scenario that can be talked to while it runs; ended with the `with` block."""
 
-    def __init__(self, theatre: Theatre, talk: Path, scene: str, **arguments: Any) -> None:
+    def __init__(
+        self, fork_server: ForkServer, talk: Path, scenario: str, **arguments: Any
+    ) -> None:
         for end in ("in", "out"):
             os.mkfifo(f"{talk}.{end}")
-        self._theatre = theatre
-        self.pid = theatre.start(scene, talk=str(talk), **arguments)
+        self._fork_server = fork_server
+        self.pid = fork_server.start(scenario, talk=str(talk), **arguments)
         self._telling = open(f"{talk}.in", "w", buffering=1)  # noqa: SIM115
         self._hearing = open(f"{talk}.out")  # noqa: SIM115
 
-    def __enter__(self) -> Actor:
+    def __enter__(self) -> RunningScenario:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._telling.close()
         self._hearing.close()
-        self._theatre.kill(self.pid)
+        self._fork_server.kill(self.pid)
 
     def hear(self) -> str:
         return self._hearing.readline().strip()
@@ -176,7 +178,7 @@ class Actor:
         self._telling.write("\n")
 
     def result(self) -> Any:
-        status, said = self._theatre.wait(self.pid)
+        status, said = self._fork_server.wait(self.pid)
         assert status == 0, said
         return json.loads(said)
 
