@@ -1,4 +1,9 @@
-"""A fake runner with really patched methods, and what must hold after every fault."""
+"""A fake runner whose methods the real patch core has wrapped, and what must hold after a fault.
+
+Each of the tests of faults breaks one thing: the call must return the identical object, the log
+must say it once, and what is published must parse.  ``tests/real_sglang`` has a real server under
+some of these faults.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""A missing, full or read-only output directory never reaches SGLang's call.
-
-Each test wraps a fake runner's methods with the real patch core and breaks one thing; the
-call must return the identical object, the log must say it once, and what is published must
-parse.  ``tests/real_sglang`` has a real server under some of these.
-"""
+"""A missing, full or read-only output directory never reaches SGLang's call."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Killed while publishing: what lies there parses, and a restart clears it up.
-
-Each test wraps a fake runner's methods with the real patch core and breaks one thing; the
-call must return the identical object, the log must say it once, and what is published must
-parse.  ``tests/real_sglang`` has a real server under some of these.
-"""
+"""Killed while publishing: what lies there parses, and a restart clears it up."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Links, pipes and directories planted at the names of the published files.
-
-Each test wraps a fake runner's methods with the real patch core and breaks one thing; the
-call must return the identical object, the log must say it once, and what is published must
-parse.  ``tests/real_sglang`` has a real server under some of these.
-"""
+"""Links, pipes and directories planted at the names of the published files."""
 
 from __future__ import annotations
 
