@@ -1,4 +1,4 @@
-"""What capture and publication cost on the device: no allocation, no synchronisation, no waiting."""
+"""What capture and publication cost on the device: no allocation, no synchronisation, no wait."""
 
 from __future__ import annotations
 
