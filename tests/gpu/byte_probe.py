@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 import sys
 
+import weight_probe  # beside this file, where both are installed
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-_started: list[bool] = []
 
 
 class _Driver:
@@ -45,7 +45,10 @@ class _Driver:
             raise RuntimeError(f"CUDA driver error {status}")
 
 
-def _answer(maps: str) -> dict[str, Any]:
+def _answer(directory: str) -> dict[str, Any]:
+    if "sglang.srt.model_executor.model_runner" not in sys.modules:
+        return {}
+    maps = os.path.join(os.path.dirname(directory), "weights_metadata")
     ctypes, hashlib, json = (sys.modules[name] for name in ("ctypes", "hashlib", "json"))
     found: dict[str, Any] = {}
     for name in sorted(os.listdir(maps)):
@@ -64,40 +67,5 @@ def _answer(maps: str) -> dict[str, Any]:
     return found
 
 
-def _serve(directory: str) -> None:
-    json, time = sys.modules["json"], sys.modules["time"]
-    answered: set[str] = set()
-    while True:
-        time.sleep(0.05)
-        try:
-            requests = [name for name in os.listdir(directory) if name.startswith("request-")]
-        except OSError:
-            continue
-        for request in sorted(set(requests) - answered):
-            answered.add(request)
-            if "sglang.srt.model_executor.model_runner" not in sys.modules:
-                continue
-            try:
-                content = _answer(os.path.join(os.path.dirname(directory), "weights_metadata"))
-            except Exception as error:
-                content = {"error": repr(error)}
-            if content:
-                number = request.partition("-")[2]
-                path = os.path.join(directory, f"answer-{number}-{os.getpid()}.json")
-                with open(path + ".part", "w") as file:
-                    json.dump(content, file)
-                os.rename(path + ".part", path)
-
-
 def start() -> None:
-    directory = os.environ.get("BYTE_PROBE_DIR")
-    if directory and not _started:
-        # Here, not in the thread: one that imports while SGLang does may wait for it for ever.
-        import ctypes  # noqa: F401
-        import hashlib  # noqa: F401
-        import json  # noqa: F401
-        import threading
-        import time  # noqa: F401
-
-        _started.append(True)
-        threading.Thread(target=_serve, args=(directory,), daemon=True).start()
+    weight_probe.start_thread("BYTE_PROBE_DIR", _answer, ("ctypes", "hashlib"))

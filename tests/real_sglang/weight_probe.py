@@ -13,9 +13,10 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
-_started: list[bool] = []  # a venv runs each .pth line twice
+_started: list[str] = []  # a venv runs each .pth line twice
 
 
 def _runners() -> list[Any]:
@@ -55,7 +56,11 @@ def _describe(runner: Any) -> dict[str, Any]:
     }
 
 
-def _serve(directory: str) -> None:
+def _answer(directory: str) -> list[dict[str, Any]]:
+    return [_describe(runner) for runner in _runners()]
+
+
+def _serve(directory: str, answer: Callable[[str], Any]) -> None:
     json, time = sys.modules["json"], sys.modules["time"]
     answered: set[str] = set()
     while True:
@@ -64,26 +69,39 @@ def _serve(directory: str) -> None:
             requests = [name for name in os.listdir(directory) if name.startswith("request-")]
         except OSError:
             continue
-        for request in set(requests) - answered:
-            found = [_describe(runner) for runner in _runners()]
+        for request in sorted(set(requests) - answered):
             answered.add(request)
-            if found:
+            try:
+                content = answer(directory)
+            except Exception as error:
+                content = {"error": repr(error)}
+            if content:
                 number = request.partition("-")[2]
                 path = os.path.join(directory, f"answer-{number}-{os.getpid()}.json")
                 with open(path + ".part", "w") as file:
-                    json.dump(found, file)
+                    json.dump(content, file)
                 os.rename(path + ".part", path)
 
 
-def start() -> None:
-    directory = os.environ.get("WEIGHT_PROBE_DIR")
+def start_thread(variable: str, answer: Callable[[str], Any], imports: tuple[str, ...]) -> None:
+    """Answer requests in the directory that the environment variable names, if it does.
+
+    ``answer`` says what, or nothing in a process that has nothing to say; it finds ``imports`` in
+    ``sys.modules``.  They are imported here, not in the thread: one that imports while SGLang does
+    may wait for it for ever.
+    """
+    directory = os.environ.get(variable)
     # multiprocessing's resource tracker and the like have no weights and no need of a thread.
-    if directory and not _started:
-        # Here, not in the thread: one that imports while SGLang does may wait for it for ever.
-        import gc  # noqa: F401
+    if directory and variable not in _started:
         import json  # noqa: F401
         import threading
         import time  # noqa: F401
 
-        _started.append(True)
-        threading.Thread(target=_serve, args=(directory,), daemon=True).start()
+        for name in imports:
+            __import__(name)
+        _started.append(variable)
+        threading.Thread(target=_serve, args=(directory, answer), daemon=True).start()
+
+
+def start() -> None:
+    start_thread("WEIGHT_PROBE_DIR", _answer, ("gc",))
