@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts the hook into one Python environment.  `--help` says the rest; installer/ does the work.
+# Puts the hook into one Python environment.  `--help` lists the options; installer/ does the work.
 set -eu
 
 name=install_sglang_hook_patch.sh
@@ -15,13 +15,13 @@ Installs the SGLang weight hook into the active Python environment, or upgrades 
 Needs neither pip nor a network, and edits nothing of SGLang.
 
   --python PYTHON  the interpreter to install into (default: python3 on PATH)
-  --check          say whether the hook is installed, intact and live; change nothing
-  --dry-run        say what would be written and removed; change nothing
-  --force          install into an externally managed Python (PEP 668) all the same
+  --check          report whether the hook is installed, intact and live; change nothing
+  --dry-run        list what would be written and removed; change nothing
+  --force          install even into an externally managed Python (PEP 668)
   -h, --help       show this
 
-Exit status: 0 done, or --check found all good; 1 refused or not all good, with nothing
-changed; 2 wrong usage.'
+Exit status: 0 done, or --check found no fault; 1 refused, or --check found a fault, with
+nothing changed; 2 wrong usage.'
 
 # shellcheck source=installer/find_python.sh
 . "$here/installer/find_python.sh"

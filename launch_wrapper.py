@@ -82,8 +82,8 @@ def command(arguments: Sequence[str]) -> list[str]:
         return list(arguments[1:])
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise Refusal(
-            "under -I, -E and -S Python heeds no PYTHONPATH or no sitecustomize, which carry the "
-            "hook; leave the flag away, or install the hook."
+            "Python under -I, -E or -S ignores PYTHONPATH or sitecustomize, which activate the "
+            "hook; omit the flag, or install the hook."
         )
     if arguments[0] == "-m":
         if len(arguments) < 2:
@@ -106,7 +106,7 @@ def hooked_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment with our directory in front of PYTHONPATH."""
     for path in NEEDED:
         if not os.path.isfile(path):
-            raise Refusal(f"{path} is missing; the wrapper runs from a whole checkout.")
+            raise Refusal(f"{path} is missing; the wrapper runs from a complete checkout.")
     if os.pathsep in HOOKED:
         raise Refusal(f"{HOOKED} has a {os.pathsep!r} in it, which PYTHONPATH cannot hold.")
     before = environment.get("PYTHONPATH", "")

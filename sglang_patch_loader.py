@@ -3,10 +3,8 @@
 Every interpreter of the environment imports this file at start-up, through
 ``sglang_injector.pth`` (``sglang_injector.start`` on Python 3.15+, PEP 829).  Hence the
 rules here: import nothing that ``site`` has not imported already (``sys``, ``os`` and the
-built-in ``_thread`` cost nothing), print nothing, never raise.  What weights, files or
-torch are is none of this file's business; the work is in
-``sglang_weight_hook_patch_core``, which is imported only when SGLang itself is; what is needed
-only then is there, too.
+built-in ``_thread`` cost nothing), print nothing, never raise.  Everything about weights, files
+and torch is in ``sglang_weight_hook_patch_core``, which is imported only when SGLang itself is.
 
 Runs on Python 3.9 to 3.14 (and, untested, later ones).
 """
@@ -47,7 +45,7 @@ TARGETS = frozenset(
     )
 )
 
-# (thread, module name) pairs whose spec `_Finder` is looking for among the others.  A finder
+# (thread, module name) pairs for which `_Finder` is asking the other finders.  A finder
 # that in turn walks sys.meta_path (wrapt, ddtrace and others do) comes back to us while the
 # pair is in here, and gets no answer: this is what ends the recursion.  Set operations on it
 # are atomic; no lock is held while foreign finders run.
@@ -60,7 +58,7 @@ def install() -> None:
     """Put the finder in front of ``sys.meta_path``; does nothing if it is there already.
 
     Idempotent, because a venv processes each ``.pth`` line twice, and because SGLang's plugin
-    door comes after the ``.pth``.  Called when SGLang is there, it also patches the targets
+    entry point runs after the ``.pth``.  Called when SGLang is there, it also patches the targets
     that were imported before the hook, or past it.  Never raises.
     """
     try:

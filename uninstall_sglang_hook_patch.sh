@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Takes the hook out of one Python environment.  `--help` says the rest; installer/ does the work.
+# Takes the hook out of one Python environment.  `--help` lists the options; installer/ does the work.
 set -eu
 
 name=uninstall_sglang_hook_patch.sh
@@ -15,7 +15,7 @@ Removes what install_sglang_hook_patch.sh put into the active Python environment
 else.  Finishes an interrupted installation or removal.
 
   --python PYTHON  the interpreter to remove the hook from (default: python3 on PATH)
-  --dry-run        say what would be removed; change nothing
+  --dry-run        list what would be removed; change nothing
   -h, --help       show this
 
 Exit status: 0 removed, or there was nothing to remove; 1 refused; 2 wrong usage.'

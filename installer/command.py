@@ -74,7 +74,7 @@ def install(dry_run: bool, force: bool) -> int:
         obsolete = sorted(
             {path for path in present.files - wanted if not path.endswith(".pyc")}
             # A .pyc goes with its source; those of other Pythons stay beside one that stays.
-            | {path for path in present.files - wanted if _source_is_gone(path, wanted)},
+            | {path for path in present.files - wanted if _source_is_removed(path, wanted)},
             key=contents.removal_rank,
         )
         intact = not (obsolete or present.temporaries or present.unfinished) and all(
@@ -189,7 +189,7 @@ def _put_back(
             disk.put_back(target.JOURNAL, before_journal)
     except OSError as error:
         raise Refusal(
-            f"the installation failed and could not be taken back whole ({_why(error)}); run "
+            f"the installation failed and could not be undone completely ({_why(error)}); run "
             f"this script or {UNINSTALLER} again to finish."
         ) from error
 
@@ -213,7 +213,7 @@ def uninstall(dry_run: bool) -> int:
             return 0
 
         # Nothing is written, so this works on a full disk too.  The order is what makes it
-        # safe to be killed: the .pth goes first, and what knows of all the rest goes last.
+        # safe to be killed: the .pth goes first, and the records of the other files go last.
         records = [path for path in paths if path.partition("/")[0] in present.dist_infos]
         for path in paths:
             if path not in records:
@@ -234,7 +234,7 @@ def uninstall(dry_run: bool) -> int:
     version = f" {present.versions[0]}" if present.versions else ""
     _fact("Removed", f"{contents.DISTRIBUTION}{version}, {len(paths)} files")
     for path in left:
-        _fact("Left", f"{path}, which holds files that were not installed by us")
+        _fact("Left", f"{path}, which holds files that the hook did not install")
     return 0
 
 
@@ -255,8 +255,8 @@ def _check(purelib: str, disk: Disk) -> int:
 
     good = True
     if len(present.versions) == 1 and not present.unfinished:
-        door = present.foreign[0] if present.foreign else contents.INSTALLER
-        _fact("Installed", f"{contents.DISTRIBUTION} {present.versions[0]}, by {door}")
+        method = present.foreign[0] if present.foreign else contents.INSTALLER
+        _fact("Installed", f"{contents.DISTRIBUTION} {present.versions[0]}, by {method}")
     else:
         good = False
         if present.unfinished or len(present.versions) > 1:
@@ -278,7 +278,7 @@ def _check(purelib: str, disk: Disk) -> int:
             if not expected:
                 continue
             count += 1
-            # pip records the console script too, outside of purelib, by "../../../bin/...".
+            # pip records the console script too, outside purelib, by "../../../bin/...".
             data = disk.read(os.path.normpath(path))
             if data is None:
                 wrong.append(f"{path} is missing")
@@ -286,7 +286,7 @@ def _check(purelib: str, disk: Disk) -> int:
                 wrong.append(f"{path} was changed")
     if wrong or not count:
         good = False
-        for line in wrong or ["no hashes to compare with"]:
+        for line in wrong or ["RECORD has no hashes to compare with"]:
             _fact("Files", line, good=False)
     else:
         _fact("Files", f"{count} intact")
@@ -331,7 +331,7 @@ def _why(error: OSError, hint: str = "") -> str:
     return f"{error.strerror or error} ({place})."
 
 
-def _source_is_gone(path: str, wanted: set[str]) -> bool:
+def _source_is_removed(path: str, wanted: set[str]) -> bool:
     """Whether a path is a compiled file whose source the new version does not have."""
     place, _, name = f"/{path}".rpartition("/__pycache__/")
     return bool(place or path.startswith("__pycache__/")) and (
@@ -340,7 +340,7 @@ def _source_is_gone(path: str, wanted: set[str]) -> bool:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """The shell scripts have read ``--python`` and ``--help``; the rest is handed on."""
+    """The shell scripts have read ``--python`` and ``--help``; all other options are handed on."""
     parser = argparse.ArgumentParser(prog="installer", add_help=False, allow_abbrev=False)
     parser.add_argument("action", choices=("install", "uninstall"))
     parser.add_argument("--check", action="store_true")
@@ -367,8 +367,8 @@ def _say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        # Who pipes us into `head`, or into a full disk, must not thereby undo an installation;
-        # and what Python still has to write when it ends must find somewhere to go.
+        # A closed pipe (`head`) or a full disk must not undo an installation; what Python
+        # still flushes at exit needs a valid descriptor.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

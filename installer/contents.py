@@ -35,7 +35,7 @@ START = "sglang_injector.start"
 PTH = "sglang_injector.pth"
 ROOT_FILES = (CORE, LOADER, START, PTH)
 
-#: Kept in the dist-info directory: what only the time before the installation could tell.
+#: Kept in the dist-info directory: the state before the installation.
 STATE = "install_state.json"
 
 DIST_INFO = re.compile(r"sglang[-_.]weight[-_.]hook-([^-/]+)\.dist-info", re.IGNORECASE)
@@ -50,7 +50,7 @@ License-File: LICENSE
 Requires-Python: >=3.9
 """
 
-# SGLang's own plugin door (0.5.11 and later), to the same idempotent function as the .pth.
+# SGLang's plugin entry point (0.5.11 and later): the same idempotent function as in the .pth.
 # No console script is listed, because these scripts put nothing outside purelib:
 # `python -m sglang_weight_hook` is the command here.
 _ENTRY_POINTS = """\
@@ -81,7 +81,7 @@ def _summary(root: str) -> str:
 def _assigned(path: str, name: str) -> str:
     found = re.search(rf'^{name} = "([^"]+)"$', _read(path).decode(), re.MULTILINE)
     if found is None:
-        raise Refusal(f'{path} has no line {name} = "...", so this checkout is not whole.')
+        raise Refusal(f'{path} has no line {name} = "...", so this checkout is incomplete.')
     return found.group(1)
 
 
@@ -135,7 +135,7 @@ def rank(path: str) -> tuple[int, int, str]:
     The .pth, which makes every interpreter import the loader, comes when all else is there.
     RECORD closes the dist-info directory: without it pip would not know what to remove.
     """
-    top, _, rest = path.partition("/")
+    top, _, below = path.partition("/")
     if top == PACKAGE:
         step = 0
     elif top == "__pycache__":
@@ -145,14 +145,14 @@ def rank(path: str) -> tuple[int, int, str]:
     else:
         step = {CORE: 1, LOADER: 2, START: 5, PTH: 6}[top]
     closing = ("INSTALLER", STATE, "RECORD")
-    last = closing.index(rest) + 1 if rest in closing else 0
+    last = closing.index(below) + 1 if below in closing else 0
     return (step, last, path)
 
 
 def removal_rank(path: str) -> tuple[int, int, str]:
     """Sort key of the way out: .pth first, dist-info last, and in it RECORD last.
 
-    Until its last file is gone, an interrupted removal still knows what belongs to it.
+    An interrupted removal can be finished as long as RECORD is there.
     """
     step, last, name = rank(path)
     return (10 if step == 4 else -step, last, name)
@@ -194,8 +194,8 @@ def compiled_name(source: str) -> re.Pattern[str]:
 def _compiled(path: str, data: bytes, mtime: int, purelib: str) -> File:
     """The .pyc of a source, so that a read-only site-packages never compiles it again.
 
-    Tied to the source by time and size (PEP 552), as an import would write it: who edits an
-    installed file to look for a fault sees the effect.
+    Tied to the source by time and size (PEP 552), as an import would write it, so that
+    editing an installed file while debugging takes effect.
     """
     final = os.path.join(purelib, *path.split("/"))
     try:
@@ -210,7 +210,7 @@ def _compiled(path: str, data: bytes, mtime: int, purelib: str) -> File:
     header = importlib.util.MAGIC_NUMBER + struct.pack(
         "<III", 0, mtime & 0xFFFFFFFF, len(data) & 0xFFFFFFFF
     )
-    # Named here and not by cache_from_source, which would follow a pycache_prefix elsewhere.
+    # Named here and not by cache_from_source, which would follow a pycache_prefix.
     name = f"{posixpath.basename(path)[:-3]}.{sys.implementation.cache_tag}.pyc"
     place = posixpath.join(posixpath.dirname(path), "__pycache__", name)
     return File(place, header + marshal.dumps(code), mtime)
@@ -242,5 +242,5 @@ def _read(path: str) -> bytes:
             return stream.read()
     except OSError as error:
         raise Refusal(
-            f"{path} cannot be read ({error.strerror}), so this checkout is not whole."
+            f"{path} cannot be read ({error.strerror}), so this checkout is incomplete."
         ) from error

@@ -1,6 +1,6 @@
 """How one file gets into purelib and out of it.
 
-Whole or not at all: under a temporary name in the same directory, then by rename.  A file
+Atomically: under a temporary name in the same directory, then by rename.  A file
 that is there is never opened for writing, because uv hard-links installed files to its cache
 and other environments would change with it; a symbolic link is replaced, never followed.
 """
@@ -43,9 +43,9 @@ class Disk:
         self.purelib = purelib
         umask = os.umask(0)
         os.umask(umask)
-        # The umask decides, as for every other installer; but whoever may read site-packages
-        # may read our files, or else a root shell with umask 077 would leave a .pth and a
-        # loader that make every start of every other user complain.
+        # The umask decides, as for every other installer; but every user who may read
+        # site-packages may read our files, or else a root shell with umask 077 would leave a
+        # .pth and a loader that make every Python of every other user complain at start-up.
         shared = stat.S_IMODE(os.stat(purelib).st_mode)
         self._file_mode = (0o666 & ~umask) | (0o444 & shared)
         self._directory_mode = (0o777 & ~umask) | (0o555 & shared)
@@ -103,7 +103,7 @@ class Disk:
                 stream.flush()
                 if mtime_ns is not None:
                     os.utime(descriptor, ns=(mtime_ns, mtime_ns))
-                # After a power cut an empty loader under a whole .pth would make every
+                # After a power cut an empty loader beside an intact .pth would make every
                 # interpreter complain.  Any other file that is found empty then is silent
                 # (and --check tells), and waiting for a busy disk some 40 times is not worth it.
                 if path == LOADER:
@@ -119,7 +119,7 @@ class Disk:
             os.unlink(self.absolute(path))
 
     def remove_directory(self, path: str) -> bool:
-        """Remove a directory if nothing is left in it; whether it is gone."""
+        """Remove a directory if it is empty; whether it no longer exists."""
         with contextlib.suppress(OSError):
             os.rmdir(self.absolute(path))
         return not self.exists(path)

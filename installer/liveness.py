@@ -1,4 +1,4 @@
-"""Whether the hook is live, asked where it counts: in processes that start now."""
+"""Whether the hook is live, checked in newly started processes."""
 
 from __future__ import annotations
 
@@ -84,16 +84,16 @@ def examine(purelib: str) -> Liveness:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Liveness(*(f"nothing answered within {TIMEOUT} s",) * 2)
+        return Liveness(*(f"no interpreter answered within {TIMEOUT} s",) * 2)
     except OSError as error:
-        return Liveness(*(f"nothing could be started: {error}",) * 2)
+        return Liveness(*(f"no interpreter could be started: {error}",) * 2)
 
     verdicts = {}
     for line in done.stdout.decode(errors="replace").splitlines():
-        mark, _, rest = line.partition(" ")
+        mark, _, answer = line.partition(" ")
         if mark == _MARK:
-            who, _, verdict = rest.partition(" ")
+            who, _, verdict = answer.partition(" ")
             verdicts[who] = str(ast.literal_eval(verdict))
     complaint = done.stderr.decode(errors="replace").strip().splitlines()
-    silence = "nothing answered" + (f": {complaint[-1]}" if complaint else "")
+    silence = "no interpreter answered" + (f": {complaint[-1]}" if complaint else "")
     return Liveness(verdicts.get("fresh", silence), verdicts.get("child", silence))

@@ -1,4 +1,4 @@
-"""What ``launch_wrapper.py`` puts in front of PYTHONPATH: activates the hook in this Python.
+"""Activates the hook in this Python; ``launch_wrapper.py`` puts it in front of PYTHONPATH.
 
 Python imports the first ``sitecustomize`` on ``sys.path`` when it starts.  Where the machine or
 the user has one too, that is the one to see: it is imported from here, and takes our place.
@@ -47,8 +47,8 @@ def activate() -> None:
 def give_way() -> None:
     """Import the ``sitecustomize`` behind ours, as if ours were not there.
 
-    If there is none, or it fails, that exception is what `site` gets to see without us, and it
-    says what it says without us: nothing, where there is none.
+    If there is none, or it fails, `site` gets the same exception as without us: it ignores a
+    missing one and reports a failing one.
     """
     places = [place for place in sys.path if place != HERE]
     with_ours, sys.path[:] = list(sys.path), places

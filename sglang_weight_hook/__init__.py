@@ -1,6 +1,6 @@
 """Where every weight of a running SGLang lies in GPU memory, and whether that is still true.
 
-The published files are the border between two halves (`layout` is what both know of them):
+The published files separate two halves (`layout` defines the format for both):
 
 * `publisher`, inside SGLang's process: events, capture, documents, files and locks;
 * `reader`, anywhere, with the standard library alone; `commands` is the command line over it.

@@ -16,7 +16,7 @@ def main() -> int:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
         if sys.argv[1:] in (["doctor"], ["doctor", "--json"]):
-            # Asked in the environment that serves, which has no reason to hold typer.
+            # In the environment that serves, typer need not be installed.
             from .commands import diagnosis
 
             return diagnosis.say_plainly("--json" in sys.argv)
@@ -26,8 +26,7 @@ def main() -> int:
             else "use it from Python 3.10 or later"
         )
         sys.stderr.write(
-            f"sglang-weight-hook: the command needs {error.name}, which is not installed here: "
-            f"{remedy}\n"
+            f"sglang-weight-hook: {error.name} is not installed in this Python: {remedy}\n"
         )
         return 2
     return run()

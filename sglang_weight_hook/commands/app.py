@@ -1,9 +1,9 @@
-"""The command ``sglang-weight-hook``: what the reader finds, for people and for scripts.
+"""The command ``sglang-weight-hook``: the reader's answers, for people and for scripts.
 
 Exit status of every command: 0, or 1 with one sentence on stderr if there is no answer, 2 for
 wrong usage, and 3 for an answer that a script has to act on (``diff``: register again;
-``verify``, ``doctor``: something is wrong; ``lookup``: nothing is there; ``watch --timeout``:
-too few events).
+``verify``, ``doctor``: something is wrong; ``lookup``: no tensor at the address;
+``watch --timeout``: too few events).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the same in a terminal, a pipe and a log
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Where the weights of a running SGLang lie, and whether that is still true.",
+    help="Show and check the published addresses of a running SGLang's weights.",
     epilog=(
         "Exit status: 0 done; 1 no answer, stderr says why; 2 wrong usage; 3 an answer to act "
-        "on (see the command's help).  A SLOT is 0, 1, 0_draft, ...; where a command takes one "
-        "slot, the only one there is need not be named, and a saved copy of a "
-        "weight_layout_SLOT.json may be given instead."
+        "on (see the command's help).  A SLOT is one model runner: 0, 1, 0_draft, ...  A command "
+        "that takes one slot needs no name if there is only one, and accepts a saved copy of a "
+        "weight_layout_SLOT.json instead."
     ),
 )
 
@@ -74,13 +74,13 @@ def command(name: str, show: str) -> Callable[[Callable[..., Any]], Callable[...
                 complain(str(error))
                 status = NO_ANSWER
             except BrokenPipeError:
-                # Who pipes us into `head` has seen enough.  What Python still has to write
-                # when it ends must find somewhere to go.
+                # The reader of the pipe (`head`) has closed it.  What Python still flushes at
+                # exit needs a valid descriptor.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 status = 0
             except OSError as error:
                 where = f" ({error.filename})" if error.filename else ""
-                complain(f"{error.strerror or error}{where}; give another place")
+                complain(f"{error.strerror or error}{where}; give another path")
                 status = NO_ANSWER
             except KeyboardInterrupt:
                 status = 130

@@ -23,21 +23,27 @@ _LISTED = 10
     "sglang-weight-hook diff before.json after.json --json",
 )
 def diff(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="A saved layout file, or a slot.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="A saved layout file, or a slot.")],
+    old: Annotated[
+        str, typer.Argument(metavar="OLD", help="The earlier layout: a saved file or a slot.")
+    ],
+    new: Annotated[
+        str, typer.Argument(metavar="NEW", help="The later layout: a saved file or a slot.")
+    ],
     directory: DirOption = None,
-    everything: Annotated[bool, typer.Option("--all", help="List every name.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List every changed tensor, not only the first 10.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Compare two layouts: what moved, changed size, came and went.
+    """Compare two layouts: tensors moved, resized, added, removed.
 
-    Exit status 0: what was registered from OLD is still good (contents may have changed).
-    Exit status 3: register again.
+    Exit status 0: memory registered from OLD is still valid (contents may have changed).
+    Exit status 3: register the memory again.
     """
     before, after = document_of(directory, old), document_of(directory, new)
     changes = compare(before.raw, after.raw)
     status = ACT if changes.must_register_again else 0
-    # The state knows of buckets that were written in place after the layout.
+    # Buckets written in place after the layout are counted in the state document only.
     content = changes.content_changed or (before.content_generation != after.content_generation)
     if as_json:
         print_json(

@@ -17,12 +17,14 @@ from .render.text import print_item, print_json, print_line, printable
 )
 def doctor_(
     directory: DirOption = None,
-    everything: Annotated[bool, typer.Option("--all", help="List every entry point.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List every SGLang method that the hook wraps.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Say whether THIS interpreter has the hook, and fits its SGLang.
+    """Check the hook in THIS interpreter, and against its SGLang.
 
-    SGLang's files are read, not imported.  Exit status 3 if something is wrong.
+    SGLang is parsed, not imported.  Exit status 3 if a check fails.
     """
     found = doctor.diagnose(directory)
     status = 0 if found.good else ACT

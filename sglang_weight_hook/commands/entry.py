@@ -1,4 +1,4 @@
-"""The program: every command registered, in the order in which `--help` lists them."""
+"""Registers every command, in the order in which `--help` lists them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ..reader import Document
 from .app import ACT, Misused, command
 from .options import DirOption, JsonOption, SlotArgument
 from .render.text import address_text, print_json, print_line, printable, size_text
-from .selection import document_of, heading, standing, warn_if_gone
+from .selection import document_of, heading, standing, warn_if_stale
 
 
 @command(
@@ -18,14 +18,14 @@ from .selection import document_of, heading, standing, warn_if_gone
     "sglang-weight-hook lookup 0x7f3a5c000000\nsglang-weight-hook lookup 139887894528000 0 --json",
 )
 def lookup(
-    address: Annotated[str, typer.Argument(help="Hexadecimal (0x...) or decimal.")],
+    address: Annotated[str, typer.Argument(help="The address: hexadecimal (0x...) or decimal.")],
     slot: SlotArgument = None,
     directory: DirOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say which tensors, and which element, hold an address.
+    """Find the tensors, and the element in each, at an address.
 
-    Exit status 3 if nothing of the model, its LoRA pool or its KV cache lies there.
+    Exit status 3 if no weight, LoRA buffer or KV cache buffer is there.
     """
     place = _number(address)
     document = document_of(directory, slot)
@@ -57,7 +57,7 @@ def lookup(
             }
         )
         return 0 if found else ACT
-    warn_if_gone(document)
+    warn_if_stale(document)
     for hit in hits:
         tensor = hit.tensor
         what = [tensor.kind, tensor.role.replace("_", " "), tensor.dtype.replace("torch.", "")]
@@ -83,14 +83,13 @@ def lookup(
         )
     if not found:
         print_line(
-            f"nothing that is published lies at {address_text(place)}; "
-            f"{_neighbours(document, place)}"
+            f"no published memory at {address_text(place)}; {_nearest_regions(document, place)}"
         )
     print_line(standing(document))
     return 0 if found else ACT
 
 
-def _neighbours(document: Document, place: int) -> str:
+def _nearest_regions(document: Document, place: int) -> str:
     below = [region for region in document.iter_regions() if region.end <= place]
     above = [region for region in document.iter_regions() if region.ptr > place]
     texts = []

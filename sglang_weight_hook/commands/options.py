@@ -22,9 +22,16 @@ DirsOption = Annotated[
     typer.Option(
         "--dir",
         metavar="DIR",
-        help="An output directory, or a pattern such as '/shared/maps/*'; may be repeated.  "
+        help="A server's output directory, or a pattern such as '/shared/maps/*'; repeatable.  "
         f"[default: ${location.DIRECTORY}, else ./{location.DEFAULT_DIRECTORY}]",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON: exact numbers, in bytes.")]
-SlotArgument = Annotated[Optional[str], typer.Argument(metavar="SLOT", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; all sizes are in bytes.")]
+SlotArgument = Annotated[
+    Optional[str],
+    typer.Argument(
+        metavar="SLOT",
+        show_default=False,
+        help="A slot (0, 0_draft, ...) or a saved layout file; default: the only slot.",
+    ),
+]

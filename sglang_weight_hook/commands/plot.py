@@ -20,20 +20,26 @@ from .selection import document_of, slots_in
 )
 def plot(
     slots: Annotated[
-        Optional[list[str]], typer.Argument(metavar="SLOT...", show_default=False)
+        Optional[list[str]],
+        typer.Argument(
+            metavar="SLOT...",
+            show_default=False,
+            help="Slots (0, 0_draft, ...) or saved layout files; default: all slots.",
+        ),
     ] = None,
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")
+        str, typer.Option("--output", "-o", metavar="FILE", help="The HTML file to write.")
     ] = "weight_map.html",
     before: Annotated[
         Optional[list[str]],
         typer.Option(
-            metavar="FILE", help="A saved layout to compare with, one for each slot; repeatable."
+            metavar="FILE",
+            help="An earlier saved layout to compare with; one per slot, repeatable.",
         ),
     ] = None,
     directory: DirOption = None,
 ) -> int:
-    """Draw the memory of all slots, or of those named, as an HTML page."""
+    """Draw the memory of all slots, or of those named, as HTML."""
     names = slots or [slot.name for slot in slots_in(open_directory(directory))]
     documents = [document_of(directory, name).raw for name in names]
     earlier = [open_file(path).raw for path in before] if before else None
@@ -41,8 +47,8 @@ def plot(
         page.write_html(documents, output, earlier)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise HookError(
-            f"one of the documents is not what the hook writes ({type(error).__name__}: {error}); "
-            f"`verify` says where"
+            f"a layout document does not have the hook's format ({type(error).__name__}: {error}); "
+            f"`sglang-weight-hook verify` says where"
         ) from error
     print_line(f"{output}: {len(documents)} {'slot' if len(documents) == 1 else 'slots'}")
     return 0

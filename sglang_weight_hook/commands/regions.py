@@ -6,19 +6,19 @@ from .app import command
 from .options import DirOption, JsonOption, SlotArgument
 from .render.table import Column, print_table
 from .render.text import address_text, print_json, print_line, printable, size_text
-from .selection import document_of, heading, standing, warn_if_gone
+from .selection import document_of, heading, standing, warn_if_stale
 
 
 @command("regions", "sglang-weight-hook regions\nsglang-weight-hook regions 0 --json")
 def regions(
     slot: SlotArgument = None, directory: DirOption = None, as_json: JsonOption = False
 ) -> int:
-    """List the spans to register: merged, each inside one allocation."""
+    """List the regions to register, each inside one allocation."""
     document = document_of(directory, slot)
     found = list(document.iter_regions())
     if as_json:
         return print_json({**heading(document), "regions": document.regions})
-    warn_if_gone(document)
+    warn_if_stale(document)
     print_table(
         [
             Column("address"),

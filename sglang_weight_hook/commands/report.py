@@ -21,13 +21,13 @@ from .selection import directories_of, heading
 def report(
     directories: DirsOption = None,
     gone: Annotated[
-        bool, typer.Option("--gone", help="Count slots whose process is gone, too (copies).")
+        bool, typer.Option("--gone", help="Also count stale slots, whose owner has exited.")
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Add up each GPU's memory: weights, KV cache, the rest, free.
+    """Add up each GPU's memory: weights, KV cache, other use, free.
 
-    Every storage counts once, also where a draft shares its target's.
+    A storage that a draft shares with its target is counted once.
     """
     counted: list[Document] = []
     slots: list[dict[str, Any]] = []
@@ -40,7 +40,7 @@ def report(
             if not entry["counted"]:
                 if not as_json:
                     complain(
-                        f"slot {slot.name} in {found.path} is left out: its process is gone "
+                        f"slot {slot.name} in {found.path} is left out: its owner has exited "
                         f"(--gone counts it)"
                     )
                 continue
@@ -54,8 +54,8 @@ def report(
     if as_json:
         return print_json(
             {
-                "gpus": [{**gpu.as_dict(), "rest": _rest(gpu)} for gpu in gpus],
-                "total": {**total.as_dict(), "rest": _rest(total)},
+                "gpus": [{**gpu.as_dict(), "rest": _other(gpu)} for gpu in gpus],
+                "total": {**total.as_dict(), "rest": _other(total)},
                 "slots": slots,
             }
         )
@@ -68,29 +68,29 @@ def report(
     lora = any(gpu.lora for gpu in gpus)
     columns = [Column("GPU"), Column("weights", right=True)]
     columns += [Column("LoRA", right=True)] if lora else []
-    columns += [Column(name, right=True) for name in ("KV cache", "rest", "free", "total")]
+    columns += [Column(name, right=True) for name in ("KV cache", "other", "free", "total")]
     columns += [Column("slots")]
     rows = []
     for gpu in [*gpus, total] if len(gpus) > 1 else gpus:
         row = ["total" if gpu is total else printable(gpu.label), size_text(gpu.weights)]
         row += [size_text(gpu.lora)] if lora else []
-        row += [size_text(gpu.kv_cache), *map(size_text, (_rest(gpu), gpu.free, gpu.total))]
+        row += [size_text(gpu.kv_cache), *map(size_text, (_other(gpu), gpu.free, gpu.total))]
         row += [str(len(gpu.slots)) if gpu is total else printable(" ".join(gpu.slots))]
         rows.append(row)
     print_table(columns, rows)
     if total.released:
         print_line(
-            f"{size_text(total.released)} of these are released: no memory is behind them now"
+            f"{size_text(total.released)} of these are released: addresses without physical memory"
         )
     if total.elsewhere:
         print_line(f"{size_text(total.elsewhere)} of weights lie on another device (offloaded)")
     if total.total is None:
-        print_line("-: not known; only a CUDA device tells its total and free memory")
+        print_line("-: unknown; only CUDA devices report total and free memory")
     return 0
 
 
-def _rest(gpu: totals.Gpu) -> Optional[int]:
-    """Used, and neither weights nor KV cache."""
+def _other(gpu: totals.Gpu) -> Optional[int]:
+    """Used memory that is neither weights, LoRA pool nor KV cache."""
     if gpu.total is None or gpu.free is None:
         return None
     return gpu.total - gpu.free - (gpu.weights + gpu.lora + gpu.kv_cache - gpu.released)

@@ -1,4 +1,4 @@
-"""From what the user named to slots and documents."""
+"""Resolves the slots, files and directories named on the command line."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ def document_of(directory: Optional[str], slot: Optional[str]) -> Document:
             raise Misused(f"there are slots {', '.join(names)} in {found.path}; name one of them")
         return slots[0].read()
     if slot not in names:
-        raise HookError(
-            f"there is no slot {slot} in {found.path}; name one of those that are: "
-            f"{', '.join(names)}"
-        )
+        raise HookError(f"there is no slot {slot} in {found.path}; it has {', '.join(names)}")
     return found.slot(slot).read()
 
 
@@ -35,8 +32,8 @@ def slots_in(found: Directory) -> list[Slot]:
     slots = found.slots()
     if not slots:
         raise HookError(
-            f"nothing is published in {found.path}; check --dir, that the server has loaded its "
-            f"model, and `doctor` in the server's environment"
+            f"no slot is published in {found.path}; check --dir and that the server has loaded its "
+            f"model, and run `python -m sglang_weight_hook doctor` in the server's environment"
         )
     return slots
 
@@ -54,7 +51,7 @@ def directories_of(given: Optional[list[str]]) -> list[Directory]:
         if not os.path.exists(value) and glob.has_magic(value):
             matches = [path for path in sorted(glob.glob(value)) if os.path.isdir(path)]
             if not matches:
-                raise HookError(f"no directory is like {value}; check the pattern")
+                raise HookError(f"no directory matches {value}; check the pattern")
         found += [open_directory(match) for match in matches]
     by_place = {os.path.realpath(directory.path): directory for directory in found}
     return list(by_place.values())
@@ -65,14 +62,14 @@ def is_like(name: str, pattern: str) -> bool:
 
 
 def inside(value: Any, *path: str) -> Any:
-    """What is at ``path`` inside JSON of which nothing is certain."""
+    """The value at ``path`` inside unchecked JSON; None where there is none."""
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def heading(document: Document) -> dict[str, Any]:
-    """What says which document an answer is about."""
+    """The fields of a JSON answer that identify its document."""
     return {
         "slot": document.slot.name,
         "state": document.state["state"],
@@ -85,7 +82,7 @@ def heading(document: Document) -> dict[str, Any]:
 
 
 def is_alive(document: Document) -> Optional[bool]:
-    """None for a saved copy: nobody owns that."""
+    """Whether the owner lives; None for a saved copy, which has no owner."""
     return document.slot.owner_alive() if document.is_live else None
 
 
@@ -96,9 +93,9 @@ def standing(document: Document) -> str:
     )
 
 
-def warn_if_gone(document: Document) -> None:
+def warn_if_stale(document: Document) -> None:
     if is_alive(document) is False:
         complain(
-            f"the process of slot {document.slot.name} (pid {document.state.get('pid')}) is gone: "
-            f"these addresses are nobody's; start the server again"
+            f"slot {document.slot.name} is stale: its owner (pid {document.state.get('pid')}) has "
+            f"exited, so its addresses are invalid; start the server again"
         )

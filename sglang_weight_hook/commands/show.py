@@ -12,7 +12,7 @@ from .app import Misused, command
 from .options import DirOption, JsonOption, SlotArgument
 from .render.table import Column, print_table
 from .render.text import address_text, print_json, print_line, printable, size_text
-from .selection import document_of, heading, is_like, standing, warn_if_gone
+from .selection import document_of, heading, is_like, standing, warn_if_stale
 
 
 @command(
@@ -25,24 +25,29 @@ def show(
     slot: SlotArgument = None,
     directory: DirOption = None,
     sort: Annotated[
-        Optional[str], typer.Option(help="name, address or size (largest first).", metavar="KEY")
+        Optional[str],
+        typer.Option(
+            help="Order by name, address or size (largest first); default: the model's order.",
+            metavar="KEY",
+        ),
     ] = None,
     match: Annotated[
-        Optional[str], typer.Option(help="Only names or aliases like this.", metavar="GLOB")
+        Optional[str],
+        typer.Option(help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
     ] = None,
     role: Annotated[
-        Optional[str], typer.Option(help=f"Only this: {', '.join(ROLES)}.", metavar="ROLE")
+        Optional[str],
+        typer.Option(help=f"Only tensors of this role: {', '.join(ROLES)}.", metavar="ROLE"),
     ] = None,
-    layer: Annotated[Optional[int], typer.Option(help="Only this layer.", metavar="N")] = None,
+    layer: Annotated[
+        Optional[int], typer.Option(help="Only tensors of layer N.", metavar="N")
+    ] = None,
     top: Annotated[
-        Optional[int], typer.Option(help="Only the first N.", metavar="N", min=1)
+        Optional[int], typer.Option(help="Only the first N tensors.", metavar="N", min=1)
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """List the tensors of a slot: address, size, type, shape, name.
-
-    Without --sort in the model's own order.
-    """
+    """List the tensors of a slot: address, size, type, shape, name."""
     orders: dict[Optional[str], Callable[[Tensor], Any]] = {
         "name": lambda tensor: tensor.name,
         "address": lambda tensor: (tensor.ptr, tensor.name),
@@ -79,7 +84,7 @@ def show(
             for tensor in chosen
         }
         return print_json({**heading(document), "tensors": entries, "total": summed})
-    warn_if_gone(document)
+    warn_if_stale(document)
     print_table(
         [
             Column("address"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from ..reader import open_directory, open_file, verify
 from .app import ACT, command
-from .options import DirOption, JsonOption, SlotArgument
+from .options import DirOption, JsonOption
 from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
 
@@ -18,16 +18,24 @@ from .selection import is_path, slots_in, standing
     "sglang-weight-hook verify && echo good\nsglang-weight-hook verify 0 --json",
 )
 def verify_(
-    slot: SlotArgument = None,
+    slot: Annotated[
+        Optional[str],
+        typer.Argument(
+            metavar="SLOT",
+            show_default=False,
+            help="A slot (0, 0_draft, ...) or a saved layout file; default: all slots.",
+        ),
+    ] = None,
     directory: DirOption = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 on warnings, too, not only on errors.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Check what is published: one line for each finding.
+    """Check the published files: one line for each finding.
 
-    Schema, generations, overlaps, regions, sums, the prototype's files and whether the owner
-    lives; of all slots, unless one is named.  Exit status 3 if any is an
-    error.
+    Checks schema, generations, overlaps, regions, sums, legacy-format files and whether the owner
+    lives.  Exit status 3 if there is an error.
     """
     if slot is not None and is_path(slot):
         verdicts = [verify.verify_file(open_file(slot))]

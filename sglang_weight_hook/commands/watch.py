@@ -11,7 +11,7 @@ import typer
 
 from ..reader import Change, open_directory
 from .app import ACT, command
-from .options import DirOption, SlotArgument
+from .options import DirOption
 from .render.text import STYLES, clock, print_line, printable
 from .selection import inside
 
@@ -23,25 +23,34 @@ from .selection import inside
     "sglang-weight-hook watch --count 1 --timeout 60",
 )
 def watch(
-    slot: SlotArgument = None,
+    slot: Annotated[
+        Optional[str],
+        typer.Argument(
+            metavar="SLOT",
+            show_default=False,
+            help="Only events of this slot (0, 0_draft, ...); default: all slots.",
+        ),
+    ] = None,
     directory: DirOption = None,
-    begins: Annotated[
-        bool, typer.Option("--begins", help="Show beginnings, too: the state `updating`.")
+    all_events: Annotated[
+        bool,
+        typer.Option("--all-events", help="Also print the start of each event (`updating`)."),
     ] = False,
+    begins: Annotated[bool, typer.Option("--begins", hidden=True)] = False,  # its name in 0.1
     count: Annotated[
-        Optional[int], typer.Option(help="End after N events.", metavar="N", min=1)
+        Optional[int], typer.Option(help="Stop after N completed events.", metavar="N", min=1)
     ] = None,
     timeout: Annotated[
-        Optional[float], typer.Option(help="End after so many seconds.", metavar="S", min=0)
+        Optional[float], typer.Option(help="Stop after S seconds.", metavar="S", min=0)
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each line.")
+        bool, typer.Option("--json", help="Print one JSON object for each event.")
     ] = False,
 ) -> int:
-    """Print a line for each event, until Ctrl-C.
+    """Print a line for each completed event, until Ctrl-C.
 
-    First of all a line for each slot as it is.  Events in quick succession may share a line.
-    Exit status 3 if --timeout ends it before --count.
+    Starts with a line for the present state of each slot.  Events in quick succession may
+    share a line.  Exit status 3 if --timeout ends it before --count is reached.
     """
     seen = 0
     try:
@@ -49,7 +58,7 @@ def watch(
             if slot is not None and change.slot.name != slot:
                 continue
             finished = not change.alive or inside(change.state, "event", "success") is not None
-            if not (finished or begins or change.initial):
+            if not (finished or all_events or begins or change.initial):
                 continue
             if as_json:
                 sys.stdout.write(json.dumps(_change(change)) + "\n")
@@ -83,7 +92,9 @@ def _print_change(change: Change) -> None:
     parts: list[Union[str, tuple[str, str]]] = [f"{clock(stamp)}  {change.slot.name}  "]
     if not change.alive:
         pid = state.get("pid")
-        print_line(*parts, ("gone", "bold red"), f"  process {pid} has ended: nobody's addresses")
+        print_line(
+            *parts, ("stale", "bold red"), f"  owner {pid} has exited: addresses are invalid"
+        )
         return
     parts += [
         (f"{printable(word):8}", STYLES.get(word, "")),

@@ -18,7 +18,11 @@ def tensors(tensors: Iterable[Tensor]) -> Iterator[Remark]:
     for tensor in tensors:
         elements = math.prod(tensor.shape)
         if elements and (not tensor.size or tensor.size % elements):
-            yield ERROR, "tensors", f"{tensor.name}: {tensor.size} bytes are no {elements} elements"
+            yield (
+                ERROR,
+                "tensors",
+                f"{tensor.name}: {tensor.size} bytes cannot hold {elements} elements",
+            )
             continue
         touched = touched_bytes(tensor.shape, tensor.stride, tensor.itemsize)
         if tensor.span != touched:
@@ -37,7 +41,7 @@ def tensors(tensors: Iterable[Tensor]) -> Iterator[Remark]:
                 f"{tensor.name}: lies at {tensor.ptr:#x}, storage and offset say {expected:#x}",
             )
         if tensor.end > tensor.storage_ptr + tensor.storage_size:
-            yield ERROR, "tensors", f"{tensor.name}: reaches beyond the end of its storage"
+            yield ERROR, "tensors", f"{tensor.name}: extends beyond the end of its storage"
 
 
 def overlaps(tensors: Iterable[Tensor], cache: Iterable[CacheBuffer]) -> Iterator[Remark]:
@@ -76,7 +80,7 @@ def regions(tensors: list[Tensor], regions: list[Region]) -> Iterator[Remark]:
         if not region.size:
             yield ERROR, "regions", f"{what} is empty"
         if region.ptr < region.allocation_ptr or region.end > allocation_end:
-            yield ERROR, "regions", f"{what} reaches beyond its allocation"
+            yield ERROR, "regions", f"{what} extends beyond its allocation"
         for name in region.tensors:
             if name not in names:
                 yield ERROR, "regions", f"{what} names {name!r}, which is no tensor here"
@@ -178,7 +182,7 @@ def completeness(document: Document) -> Iterator[Remark]:
     if not isinstance(validation, dict):
         return
     if validation.get("problem"):
-        yield ERROR, "problem", f"the map was withdrawn: {validation['problem']}"
+        yield ERROR, "problem", f"the map is invalidated: {validation['problem']}"
     left_out = validation.get("left_out")
     if isinstance(left_out, dict):
         for name, reason in list(left_out.items())[:SHOWN]:

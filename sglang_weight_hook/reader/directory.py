@@ -1,4 +1,4 @@
-"""An output directory: its slots, and what happens in it."""
+"""An output directory: its slots and their events."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Change(NamedTuple):
     """Something that `Directory.events` has seen."""
 
     slot: Slot
-    state: Optional[dict[str, Any]]  # the state document, the last one known if it is gone
+    state: Optional[dict[str, Any]]  # the state document, the last one known if it was removed
     alive: bool  # whether the process that publishes the slot lives
-    initial: bool  # how it was when the watching began: nothing has happened yet
+    initial: bool  # the state when the watching began, not a change
 
 
 class Directory:
@@ -101,7 +101,7 @@ def open_slot(path: Optional[str], name: str) -> Slot:
 def open_file(path: str) -> Document:
     """A saved copy of a ``weight_layout_{slot}.json``.  Raises HookError.
 
-    Nothing is known about the slot as it is now: the state is that of the copy.
+    The state is that of the copy; the slot as it is now is not read.
     """
     raw = read_json(file_name(path))
     if raw is None:

@@ -22,7 +22,7 @@ class Document:
 
     ``raw``: the layout document; ``state``: the state document, which is the newer of the
     two about ``content_generation`` (buckets written in place rewrite only the state).
-    ``is_live`` is false for a saved copy (`open_file`), which nobody keeps up to date.
+    ``is_live`` is false for a saved copy (`open_file`), which is not kept up to date.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Document:
         """The tensors of the KV cache.  Raises HookError."""
         buffers = self.memory.get("kv_cache", [])
         if not isinstance(buffers, list):
-            raise HookError(f"{self._where()} has no proper 'kv_cache'; {FOREIGN}")
+            raise HookError(f"{self._where()} has no valid 'kv_cache'; {FOREIGN}")
         return map(CacheBuffer.from_raw, buffers)
 
     # -- by address

@@ -20,7 +20,7 @@ class Fields:
             raise HookError(f"{what} is no JSON object; {FOREIGN}")
 
     def improper(self, name: str) -> HookError:
-        return HookError(f"{self._what} has no proper {name!r}; {FOREIGN}")
+        return HookError(f"{self._what} has no valid {name!r}; {FOREIGN}")
 
     def number(self, name: str, default: Optional[int] = None) -> int:
         value = self._raw.get(name, default)

@@ -80,7 +80,7 @@ def check_schema(document: dict[str, Any], schema: str, path: str) -> None:
         )
     for name, kind in _REQUIRED[schema].items():
         if not isinstance(document.get(name), kind):
-            raise HookError(f"{path} has no proper {name!r}; it was not written by the hook")
+            raise HookError(f"{path} has no valid {name!r}; it was not written by the hook")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

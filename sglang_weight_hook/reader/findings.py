@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 ERROR, WARNING = "error", "warning"
 
-# Of a check that finds many of a kind, this many are told.
+# At most this many findings of each check are listed.
 SHOWN = 5
 
 

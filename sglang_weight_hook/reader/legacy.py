@@ -1,4 +1,4 @@
-"""Whether the legacy format's files agree with the layout beside them."""
+"""Whether the files in the legacy format agree with the layout beside them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from .files import check_schema, file_name, read_json
 from .ownership import process_lives, process_of
 from .watch import DirectoryWatch
 
-# Seconds after which one who waits looks again in any case: inotify is blind to other hosts.
+# Seconds between looks while waiting: inotify does not see changes made by other hosts.
 LOOK_AGAIN = 1.0
 
 
@@ -28,7 +28,7 @@ class Slot:
     def __init__(self, directory: str, name: str) -> None:
         self.directory = file_name(directory)
         self.name = file_name(name)
-        self._watches: list[DirectoryWatch] = []  # that nobody waits on now
+        self._watches: list[DirectoryWatch] = []  # not waited on now
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, (self.directory, self.name)
@@ -92,7 +92,7 @@ class Slot:
         """Whether the process that publishes this slot still lives.
 
         It holds ``weight_owner_{slot}.lock`` for life, so being able to lock that file means
-        that it is gone.  Where the file can't be opened, pid, start time and boot decide.
+        that it has exited.  Where the file can't be opened, pid, start time and boot decide.
         """
         try:
             descriptor = os.open(self.path(files.OWNER_LOCK), os.O_RDONLY | os.O_CLOEXEC)
@@ -155,7 +155,7 @@ class Slot:
         """The document as it is, then a new one whenever addresses, contents or state changed.
 
         What lies between two events in quick succession is skipped, and so are the times
-        during which weights are being changed.  Ends when the process that publishes is gone,
+        during which weights are being changed.  Ends when the owner has exited,
         or after ``timeout`` seconds without a new document.  Raises HookError.
         """
         seen: Any = None
@@ -221,7 +221,7 @@ class Slot:
 
 
 def state_of(layout: Mapping[str, Any]) -> dict[str, Any]:
-    """What a layout document says itself of what is else the state document's to say."""
+    """The state document's fields, as far as a layout document has them."""
     fields = ("layout_generation", "content_generation", "physical_epoch", "event")
     return {
         **{field: layout[field] for field in fields if field in layout},

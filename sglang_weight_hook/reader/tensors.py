@@ -16,12 +16,12 @@ _INDEX_TRIES = 10_000
 
 
 class Tensor(NamedTuple):
-    """One tensor of a document.  Addresses and sizes in bytes, the rest in elements."""
+    """One tensor of a document.  Addresses and sizes in bytes, all else in elements."""
 
     name: str  # the canonical one
     ptr: int  # address of the first element; 0 where it has no memory (``meta``)
     size: int  # what the values take: number of elements * bytes of one
-    span: int  # from the first to behind the last byte touched: what to read or register
+    span: int  # from the first byte touched to one past the last: read or register this
     device: str  # ``cuda:0``, ``cpu``, ...
     dtype: str  # ``torch.bfloat16``, ...
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class Tensor(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Address behind the last byte touched."""
+        """Address one past the last byte touched."""
         return self.ptr + self.span
 
     @property
@@ -88,7 +88,7 @@ class Tensor(NamedTuple):
 
     @property
     def layer(self) -> Optional[int]:
-        """Number of the layer, from the name; None outside of any."""
+        """Number of the layer, from the name; None for a tensor of no layer."""
         return layer_of(self.name)
 
     @property
@@ -220,7 +220,7 @@ def _index(
     """An index with ``sum(index * stride) == element``, if there is one.
 
     The widest stride goes first.  Where dimensions do not overlap at most one number fits
-    each; where they do (as_strided, unfold) the others are tried in turn.
+    each; where they do (as_strided, unfold) the others are tried one by one.
     """
     plain = []  # dimensions from the widest to the narrowest, as nearly all tensors have them
     left = element

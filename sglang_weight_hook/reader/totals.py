@@ -17,7 +17,7 @@ _PROCESS_FIGURES = ("other_live_bytes", "reserved_free_bytes")
 
 
 class Gpu(NamedTuple):
-    """One device.  Where a figure is None, nobody could tell: a CPU server, an older map.
+    """One device.  A figure is None where the map does not have it: a CPU server, an older release.
 
     On a GPU: weights + lora + kv_cache + other_live + reserved_free + outside + free
     - unbacked == total.
@@ -31,7 +31,7 @@ class Gpu(NamedTuple):
     weights: int
     lora: int
     kv_cache: int
-    released: int  # of these three, what has no memory behind its addresses now
+    released: int  # of these three, addresses without physical memory now
     elsewhere: int  # weights on another device, e.g. offloaded to the CPU
     other_live: Optional[int]  # live in the allocator: activations, workspaces, CUDA graphs
     reserved_free: Optional[int]  # the allocator keeps it, and nothing lives in it
@@ -99,7 +99,7 @@ class _Storages:
         self.released: dict[int, int] = {}
 
     def add(self, document: Document) -> None:
-        gone = _released(document)
+        released = _released(document)
         for tensor in document.iter_tensors():
             place, size = tensor.storage_ptr, tensor.storage_size
             if not place:
@@ -108,11 +108,11 @@ class _Storages:
                 self.elsewhere[(tensor.device, place)] = size
                 continue
             (self.lora if tensor.kind == "lora" else self.weights)[place] = size
-            if "weights" in gone:
+            if "weights" in released:
                 self.released[place] = size
         for buffer in document.iter_kv_cache():
             self.kv_cache[buffer.storage_ptr] = buffer.storage_size
-            if "kv_cache" in gone:
+            if "kv_cache" in released:
                 self.released[buffer.storage_ptr] = buffer.storage_size
 
     def settle(self) -> None:
@@ -149,7 +149,7 @@ def _sum(documents: list[Document]) -> Gpu:
         if other_live is None or reserved_free is None or live is None or kept is None:
             other_live = reserved_free = None
             continue
-        # Slots of this process whose documents we were not given are live, too.
+        # The process's other slots are live, too, also where their documents are not given.
         names = ("weights_bytes", "lora_bytes", "kv_cache_bytes", "siblings_bytes")
         named = sum(_figure(document, name) or 0 for name in names)
         other_live += live + max(named - storages[process].named, 0)
@@ -158,8 +158,8 @@ def _sum(documents: list[Document]) -> Gpu:
     named = sum(found.named for found in storages.values())
     outside = unbacked = None
     if total is not None and free is not None and other_live is not None:
-        rest = total - free - named - other_live - (reserved_free or 0)
-        outside, unbacked = max(rest, 0), max(-rest, 0)
+        unnamed = total - free - named - other_live - (reserved_free or 0)
+        outside, unbacked = max(unnamed, 0), max(-unnamed, 0)
     return Gpu(
         hostname=_text(last.identity.get("hostname")),
         gpu_id=_gpu_id(last),
@@ -231,7 +231,7 @@ def _figure(document: Document, name: str) -> Optional[int]:
         return None
     if not isinstance(value, int):
         raise HookError(
-            f"slot {document.slot.name}: memory has no proper {name!r}; "
+            f"slot {document.slot.name}: memory has no valid {name!r}; "
             f"it was not written by the hook"
         )
     return value

@@ -1,7 +1,7 @@
-"""Is what is published whole, consistent and true as far as the files themselves can tell?
+"""Checks that a slot's published files are complete and consistent with each other.
 
-Each check is a small function from documents to findings.  An ``error`` means: do not trust
-these addresses.  A ``warning`` means: they hold, and there is something you should know.
+Each check is a small function from documents to findings.  An ``error`` means: do not use
+these addresses.  A ``warning`` means: they are valid, with a limitation that the message names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
 
 
 def verify_slot(slot: Slot, timeout: float = 10.0) -> Verdict:
-    """Check a slot: its documents, the prototype's files beside them, and its owner.
+    """Check a slot: its documents, the legacy files beside them, and its owner.
 
     Waits up to ``timeout`` seconds for an update under way.  Raises nothing.
     """
@@ -140,8 +140,8 @@ def _owner(slot: Slot) -> Iterator[Remark]:
     yield (
         ERROR,
         "owner",
-        f"the process that published it (pid {pid}) is gone: the addresses are nobody's; start "
-        f"the server again",
+        f"stale: the owner (pid {pid}) has exited, so the addresses are invalid; start the "
+        f"server again",
     )
 
 
@@ -159,13 +159,13 @@ def _state(state: Mapping[str, Any]) -> Iterator[Remark]:
             f"update again",
         )
     elif name == "loading":
-        yield WARNING, "state", "the engine is still being built: addresses may move once more"
+        yield WARNING, "state", "the engine is still being built: addresses may still change"
     elif name == "updating":
-        yield WARNING, "state", f"{kind} is under way: these are the addresses from before it"
+        yield WARNING, "state", f"{kind} is running: these addresses are from before it"
     elif name == "released":
         yield WARNING, "state", "the weights' memory is released: touching the addresses faults"
     for missing in state.get("missing") or ():
-        yield WARNING, "missing", f"this SGLang lacks {missing}: such changes are not seen"
+        yield WARNING, "missing", f"this SGLang lacks {missing}: changes made that way are not seen"
     lock = state.get("lock")
     if isinstance(lock, str) and lock not in ("held", "not held"):
         yield (
@@ -195,11 +195,15 @@ def _generations(document: Document) -> Iterator[Remark]:
 
 
 def _schema(document: Any, name: str) -> Iterator[Remark]:
-    """Hold a document against ``schema/weight_{name}.schema.json``."""
+    """Check a document against ``schema/weight_{name}.schema.json``."""
     path = os.path.join(_SCHEMAS, f"weight_{name}.schema.json")
     schema = _load(path)
     if not isinstance(schema, dict):
-        yield WARNING, "schema", f"{path} is not there, so the {name} was not held against it"
+        yield (
+            WARNING,
+            "schema",
+            f"{path} is missing, so the {name} document was not checked against it",
+        )
         return
     yield from limited(
         "schema",

@@ -1,7 +1,7 @@
 """Waiting for a directory to change: inotify(7) through ctypes, polling where there is none.
 
 A wake-up says "look again", never what has changed.  inotify does not see what another host
-writes on a shared file system, so whoever waits here still looks by itself now and then.
+writes on a shared file system, so callers also look again after a timeout.
 """
 
 from __future__ import annotations

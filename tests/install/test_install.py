@@ -115,7 +115,7 @@ def test_an_upgrade_removes_what_the_new_version_lacks(target: Target, checkout:
     assert upgraded == set(tree(target.purelib))
 
 
-def test_the_seeds_three_files_are_replaced(target: Target) -> None:
+def test_the_three_files_of_the_prototype_are_replaced(target: Target) -> None:
     (target.purelib / "sglang_patch_loader.py").write_text("import sglang_weight_hook_patch_core\n")
     (target.purelib / "sglang_weight_hook_patch_core.py").write_text("PROTOTYPE = True\n")
     (target.purelib / "sglang_injector.pth").write_text("import sglang_patch_loader\n")
@@ -314,7 +314,7 @@ def test_a_missing_purelib_is_refused(tmp_path: Path) -> None:
 
 def test_an_incomplete_checkout_is_refused(target: Target, checkout: Path) -> None:
     (checkout / "sglang_injector.start").unlink()
-    assert "this checkout is not whole" in target.refused(INSTALL, root=checkout)
+    assert "this checkout is incomplete" in target.refused(INSTALL, root=checkout)
 
 
 def test_a_source_that_does_not_compile_is_refused(target: Target, checkout: Path) -> None:

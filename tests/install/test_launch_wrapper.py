@@ -1,7 +1,7 @@
 """``launch_wrapper.py``: the hook for one launch, with nothing installed and nothing in between.
 
 The package ``sglang`` here is a fake with real files under the real names; a real server under
-the wrapper is in ``tests/real_sglang/test_doors.py``.
+the wrapper is in ``tests/real_sglang/test_installation_methods.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ class ModelRunner:
         pass
 
     def finalize_startup_weight_load(self):
+        pass
+
+    def load_lora_adapter(self, lora_ref):
+        pass
+    def load_lora_adapter_from_tensors(self, lora_ref, tensors, config_dict):
+        pass
+    def unload_lora_adapter(self, lora_ref):
         pass
 """
 
@@ -167,7 +174,7 @@ def test_a_wrapper_under_the_wrapper_changes_nothing(target: Target, sglang: Pat
     assert done.stdout == f"{ROOT / 'launch_wrapper_path'}:{sglang}\n"
 
 
-# --- nobody notices -----------------------------------------------------------------------
+# --- the process as the user sees it ------------------------------------------------------
 
 PORTRAIT = """
 import os, signal, sys

@@ -1,7 +1,7 @@
-"""The places where Pythons live: whoever made the environment, the hook goes into its purelib.
+"""Layouts of Python environments: in each, the hook goes into purelib.
 
 More of them are in other files: read-only, externally managed (PEP 668) and missing places, and
-paths with spaces and other alphabets, in test_install.py; pip's own door in test_pip_door.py.
+paths with spaces and other alphabets, in test_install.py; installation by pip in test_pip.py.
 What cannot be run here is in docs/installing.md.
 """
 

@@ -53,7 +53,7 @@ def test_a_pycache_that_was_there_stays(target: Target) -> None:
         (cache / "sglang_patch_loader_too.cpython-311.pyc").write_bytes(b"nor this")
 
 
-def test_the_memory_of_the_time_before_survives_upgrades(target: Target, checkout: Path) -> None:
+def test_the_record_of_the_state_before_survives_upgrades(target: Target, checkout: Path) -> None:
     for existed in (False, True):
         target.empty()
         if existed:
@@ -88,7 +88,9 @@ def test_another_version_can_be_removed(target: Target, checkout: Path) -> None:
     assert tree(target.purelib) == {}
 
 
-def test_a_record_that_points_elsewhere_is_not_believed(target: Target, tmp_path: Path) -> None:
+def test_a_record_that_points_outside_purelib_is_not_believed(
+    target: Target, tmp_path: Path
+) -> None:
     target.install()
     (target.purelib / "six.py").write_text("")
     precious = tmp_path / "precious"

@@ -1,8 +1,8 @@
-"""A real SGLang server with the hook installed by its own script, and the truth beside it.
+"""A real SGLang server with the hook installed by its own script, beside torch's own answers.
 
 The hook goes into a thin venv of the test's own, whose ``sys.path`` continues in the shared
 venv that holds SGLang: no test touches the shared one, and the hook's ``.pth`` sorts before
-the one that makes torch importable, as on machines where torch lies elsewhere.
+the one that makes torch importable, as on machines where torch is outside site-packages.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def assert_true_map(document: hook.Document, live: Mapping[str, Any]) -> None:
     assert known <= live["tensors"].keys()
 
 
-def assert_seed_files(document: hook.Document, live: Mapping[str, Any], updated: bool) -> None:
-    """The prototype's files hold what the prototype would have written, had it run here."""
+def assert_legacy_files(document: hook.Document, live: Mapping[str, Any], updated: bool) -> None:
+    """The files in the legacy format hold what the prototype would have written."""
     slot = document.slot
     expected = {}
     for name in live["named_parameters"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import sglang_weight_hook as hook
 from cpu_sglang.environment import Environment
-from tests.real_sglang.hooked import HookedServer, assert_seed_files, assert_true_map, run_client
+from tests.real_sglang.hooked import HookedServer, assert_legacy_files, assert_true_map, run_client
 
 
 @dataclass
@@ -89,7 +89,7 @@ def check(
         assert document.state["state"] == state, document.state
         truth = live[document.state["pid"]]
         assert_true_map(document, truth)
-        assert_seed_files(document, truth, updated)
+        assert_legacy_files(document, truth, updated)
         documents.append(document)
     return documents
 

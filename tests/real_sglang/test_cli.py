@@ -1,4 +1,4 @@
-"""Every command beside one running SGLang 0.5.23, and after it is gone.
+"""Every command beside one running SGLang 0.5.23, and after it has exited.
 
 The tests run in order: the last one ends the server.
 """
@@ -147,7 +147,7 @@ def test_watch_and_diff_see_an_update(
     shutil.copy(slot.path("weight_layout_{}.json"), saved)
     assert "contents are the same" in command("diff", saved, "0").stdout
     watching = subprocess.Popen(
-        invocation("watch", "--json", "--begins", "--dir", server.maps.path),
+        invocation("watch", "--json", "--all-events", "--dir", server.maps.path),
         env=variables(tmp_path, str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -219,9 +219,9 @@ def test_doctor_in_the_servers_environment_finds_everything(
     assert done.returncode == 0, done.stdout + done.stderr
     found = answer(done)
     assert found["hook"]["active"] is True
-    (door,) = found["hook"]["installed"]
-    assert door["door"] == "install_sglang_hook_patch.sh"
-    assert found["hook"]["library"] == door["place"]
+    (installation,) = found["hook"]["installed"]
+    assert installation["door"] == "install_sglang_hook_patch.sh"
+    assert found["hook"]["library"] == installation["place"]
     assert found["sglang"]["version"] == "0.5.23"
     assert len(found["entry_points"]) == len(core.ENTRY_POINTS)
     assert all(entry["found"] for entry in found["entry_points"] if entry["expected"])
@@ -242,7 +242,7 @@ def test_doctor_without_the_extra_says_what_to_install(hooked_python: Path, tmp_
     assert "pip install 'sglang-weight-hook[cli]'" in done.stderr
 
 
-def test_after_the_server_is_gone_everything_says_so(
+def test_after_the_server_has_exited_every_command_says_stale(
     server: HookedServer, slot: hook.Slot, command: Command
 ) -> None:
     pid = pid_of(slot)
@@ -256,12 +256,12 @@ def test_after_the_server_is_gone_everything_says_so(
     watching.stdout.readline()
     server.stop()
     wait_for_end(pid)
-    assert f"process {pid} has ended" in watching.communicate(timeout=120)[0]
+    assert f"owner {pid} has exited" in watching.communicate(timeout=120)[0]
     assert watching.returncode == 0
-    gone = command("verify", status=3).stdout
-    assert "owner" in gone
-    assert str(pid) in gone
-    assert f"(pid {pid}) is gone" in command("show").stderr
+    stale = command("verify", status=3).stdout
+    assert "owner" in stale
+    assert str(pid) in stale
+    assert f"(pid {pid}) has exited" in command("show").stderr
     assert "left out" in command("report", status=1).stderr
     assert answer(command("report", "--gone", "--json"))["total"]["weights"] > 0
     command("watch", "--count", "1", "--timeout", "0.2", status=3)

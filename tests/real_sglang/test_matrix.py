@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.real_sglang, pytest.mark.matrix]
 def table() -> Iterator[None]:
     """Print one row a release, and write them where MATRIX_TABLE says."""
     yield
-    lines = ["| SGLang | tp | seen | tensors | start (s) |", "|---|---|---|---|---|"]
+    lines = ["| SGLang | tp | tested | tensors | start (s) |", "|---|---|---|---|---|"]
     lines += [text for _, _, text in ROWS]
     print("\n" + "\n".join(lines))
     path = os.environ.get("MATRIX_TABLE")

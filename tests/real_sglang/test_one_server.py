@@ -170,7 +170,7 @@ def test_a_killed_server_frees_its_slot_for_the_next(
         os.killpg(first.pid, signal.SIGKILL)
         wait_for_end(pid)
     assert not slot.owner_alive()
-    assert slot.read().state["pid"] == pid  # whole, though nobody's any more
+    assert slot.read().state["pid"] == pid  # still readable, though stale
     with HookedServer(environment, hooked_python, checkpoint(1), tmp_path) as second:
         (again,) = second.maps.slots()
         assert again.name == "0"

@@ -17,7 +17,7 @@ import pytest
 
 import sglang_weight_hook as hook
 from cpu_sglang.environment import Environment, ensure_environment
-from tests.real_sglang.hooked import HookedServer, assert_seed_files, assert_true_map, make_venv
+from tests.real_sglang.hooked import HookedServer, assert_legacy_files, assert_true_map, make_venv
 
 pytestmark = pytest.mark.real_sglang
 
@@ -144,7 +144,7 @@ def check(server: HookedServer, updated: bool) -> dict[str, hook.Document]:
     storages: dict[int, int] = {}
     for slot, document in published.items():
         assert_true_map(document, truth[slot])
-        assert_seed_files(document, truth[slot], updated)
+        assert_legacy_files(document, truth[slot], updated)
         for tensor in truth[slot]["tensors"].values():
             if tensor["storage_size"]:
                 storages[tensor["storage_ptr"]] = tensor["storage_size"]

@@ -192,5 +192,5 @@ def test_nothing_sums_to_nothing() -> None:
 
 def test_a_figure_that_is_none_is_one_error() -> None:
     document = gpu_document("0", {}, other_live_bytes="many")
-    with pytest.raises(HookError, match="memory has no proper 'other_live_bytes'"):
+    with pytest.raises(HookError, match="memory has no valid 'other_live_bytes'"):
         totals.per_gpu([document])

@@ -1,4 +1,4 @@
-"""Layout documents as one HTML page that an engineer would rather open than read JSON.
+"""Draws layout documents as one HTML page.
 
 `write_html` packs what the page needs (``page.html``, beside this file) into the page
 itself.  Nothing is fetched from anywhere, and the page's own policy forbids it; the standard
@@ -74,7 +74,7 @@ def write_html(
     """Write layout documents (the ``raw`` of a `Document`) as one self-contained HTML file.
 
     ``documents``: one a slot, shown side by side.  ``before``: earlier documents of the same
-    slots; the page then shows what has moved, come and gone.
+    slots; the page then shows which tensors were moved, added and removed.
     Raises OSError when ``output`` can't be written.
     """
     Path(output).write_text(page(documents, before), encoding="utf-8")
@@ -87,10 +87,10 @@ def page(
     earlier = {} if before is None else _by_slot(before)
     now = _by_slot(documents)
     slots = [_slot(label, document, earlier.get(label)) for label, document in now.items()]
-    gone = [label for label in earlier if label not in now]
+    removed = [label for label in earlier if label not in now]
     title = "Weights of " + (_model_of(documents) or "SGLang")
     template = (Path(__file__).parent / _PAGE).read_text(encoding="utf-8")
-    data = {"title": title, "comparing": before is not None, "gone": gone, "slots": slots}
+    data = {"title": title, "comparing": before is not None, "removed": removed, "slots": slots}
     parts = {"TITLE": _text(title), "SUMMARY": _summary(slots), "DATA": script_json(data)}
     # In one go, so that nothing in a document is taken for a place to fill in.
     return re.sub("@(TITLE|SUMMARY|DATA)@", lambda place: parts[place.group(1)], template)
@@ -282,7 +282,7 @@ def _everything_with_an_address(
 
 
 def _front_coded(names: Sequence[str]) -> list[Union[int, str]]:
-    """``[length shared with the name before, the rest, ...]``: neighbours differ little."""
+    """``[length shared with the name before, remainder, ...]``: adjacent names differ little."""
     coded: list[Union[int, str]] = []
     last = ""
     for name in names:

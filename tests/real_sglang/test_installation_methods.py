@@ -1,4 +1,4 @@
-"""The ways in other than the ``.pth`` file, each on a real SGLang 0.5.23.
+"""The installation methods other than the ``.pth`` file, each on a real SGLang 0.5.23.
 
 SGLang's plugin entry point, alone and together with the ``.pth``; ``launch_wrapper.py`` with
 nothing installed.
@@ -28,7 +28,7 @@ def purelib_of(python: Path) -> Path:
     return next(python.parents[1].glob("lib/python*/site-packages"))
 
 
-def close_the_pth_door(python: Path) -> Path:
+def remove_start_up_files(python: Path) -> Path:
     for name in ("sglang_injector.pth", "sglang_injector.start"):
         (purelib_of(python) / name).unlink()
     return python
@@ -38,7 +38,7 @@ def close_the_pth_door(python: Path) -> Path:
 def plugin_only(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter with everything of the hook but its ``.pth`` and ``.start``."""
     venv = tmp_path_factory.mktemp("plugin") / "venv"
-    return close_the_pth_door(make_venv(venv, environment))
+    return remove_start_up_files(make_venv(venv, environment))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def captures(server: HookedServer, checkpoint: Checkpoint, ranks: int = 1) -> No
     assert not [line for line in server.hook_log() if "WARNING" in line.upper()]
 
 
-def test_a_server_without_the_pth_captures_through_sglangs_plugin_door(
+def test_a_server_without_the_pth_captures_through_sglangs_plugin_entry_point(
     environment: Environment, plugin_only: Path, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     with HookedServer(environment, plugin_only, checkpoint(1), tmp_path) as server:
@@ -95,8 +95,8 @@ def test_a_server_under_the_wrapper_captures_in_every_scheduler(
 
 # --- one activation -----------------------------------------------------------------------
 
-# What SGLang does in each of its processes, with the real modules, and what came of it.
-DOORS = """
+# What SGLang does in each of its processes, with the real modules, and the result.
+LOAD_PLUGINS = """
 import sys
 {before}
 from sglang.srt.plugins import load_plugins
@@ -127,16 +127,16 @@ EARLY = "import sglang.srt.model_executor.model_runner, sglang.srt.managers.sche
 
 
 @pytest.mark.parametrize(
-    ("doors", "before"),
+    ("methods", "before"),
     [("both", ""), ("both", BYPASS), ("both", BYPASS + EARLY), ("the plugin's", EARLY)],
     ids=["both", "both, bypassed", "both, bypassed and late", "the plugin's alone, late"],
 )
-def test_through_either_door_or_both_it_is_activated_once(
-    environment: Environment, hooked_python: Path, plugin_only: Path, doors: str, before: str
+def test_by_either_method_or_both_it_is_activated_once(
+    environment: Environment, hooked_python: Path, plugin_only: Path, methods: str, before: str
 ) -> None:
-    python = hooked_python if doors == "both" else plugin_only
+    python = hooked_python if methods == "both" else plugin_only
     done = subprocess.run(
-        [str(python), "-c", DOORS.format(before=before)],
+        [str(python), "-c", LOAD_PLUGINS.format(before=before)],
         env=environment.env(),
         cwd=purelib_of(python),
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The other door: the wheel, with pip.  It puts the same files in the same places.
+"""Installing the wheel with pip: the same files in the same places as by script.
 
 Builds the wheel, for which pip fetches hatchling from the package registry; deselect with
 ``-m 'not registry'``.
@@ -77,7 +77,7 @@ def test_the_wheel_puts_the_same_files_in_the_same_places(environment: Target, w
     assert "pip install 'sglang-weight-hook[cli]'" in command.stderr
 
 
-def test_both_doors_say_the_same_of_the_package(environment: Target, wheel: Path) -> None:
+def test_script_and_wheel_write_the_same_metadata(environment: Target, wheel: Path) -> None:
     environment.install()
     (record,) = environment.purelib.glob("sglang_weight_hook-*.dist-info")
     ours = (record / "entry_points.txt").read_text()
@@ -90,7 +90,7 @@ def test_both_doors_say_the_same_of_the_package(environment: Target, wheel: Path
         for line in archive.read(f"{place}/METADATA").decode().splitlines():
             if line.startswith(("Name:", "Version:", "Summary:", "Requires-Python:")):
                 assert line in metadata
-    # The wheel also has the console script, which lies outside of purelib.
+    # The wheel also has the console script, which lies outside purelib.
     assert set(ours.split("\n")) < set(theirs.split("\n"))
 
 
@@ -100,8 +100,8 @@ def test_pip_uninstall_leaves_nothing(environment: Target, wheel: Path) -> None:
     environment.run("-c", "import sglang_weight_hook_patch_core")
     assert pip(environment, "uninstall", "-y", "sglang-weight-hook").returncode == 0
     after = tree(environment.purelib)
-    # pip itself compiled files of its own meanwhile; and it leaves behind the directory in
-    # which it put the compiled files of top-level modules.
+    # pip compiles files of its own while it runs, and leaves the directory in which it put
+    # the compiled files of top-level modules.
     assert {
         path for path in set(after) ^ set(before) if not path.startswith(("pip/", "setuptools/"))
     } <= {"__pycache__"}
@@ -157,7 +157,7 @@ def test_an_editable_installation_is_live_and_follows_the_checkout(
     assert environment.finders() == 0
 
 
-def test_a_reader_elsewhere_needs_neither_sglang_nor_torch(
+def test_the_reader_alone_needs_neither_sglang_nor_torch(
     environment: Target, wheel: Path, tmp_path: Path
 ) -> None:
     subprocess.run(

@@ -1,9 +1,9 @@
-"""Others who hook imports, the published ones, in one environment with ours.
+"""Published import hooks of other projects, in one environment with ours.
 
 wrapt, autowrapt, ddtrace, coverage's start-up ``.pth``, beartype.claw, the finder of a
-setuptools editable installation and numba-cuda's redirector.  Each does with the hook what it
-does without, whoever came first, for threads that import at once and for a reload; and SGLang's
-methods are wrapped.  The package ``sglang`` is a fake with real files under the real names,
+setuptools editable installation and numba-cuda's redirector.  Each behaves with the hook as
+without, in either order, for threads that import at once and for a reload; and SGLang's methods
+are wrapped.  The package ``sglang`` is a fake with real files under the real names,
 installed in editable mode.
 
 Fetches some 40 MB from the package registry; deselect with ``-m 'not registry'``.
@@ -24,7 +24,7 @@ from .conftest import ENVIRONMENT, Target, make_target
 
 pytestmark = pytest.mark.registry
 
-#: Their own dependencies only as far as what is tried here needs them.
+#: With only those of their dependencies that these tests use.
 PUBLISHED = (
     "wrapt==2.5.2", "autowrapt==2.0.0", "ddtrace==4.16.0", "bytecode", "envier",
     "coverage==7.17.3", "beartype==0.23.1", "numba-cuda==0.30.4", "setuptools>=77",
@@ -38,6 +38,13 @@ class ModelRunner:
         return "loaded"
 
     def finalize_startup_weight_load(self) -> None:
+        pass
+
+    def load_lora_adapter(self, lora_ref):
+        pass
+    def load_lora_adapter_from_tensors(self, lora_ref, tensors, config_dict):
+        pass
+    def unload_lora_adapter(self, lora_ref):
         pass
 
 def wrongly_typed(count: int) -> int:
@@ -68,9 +75,9 @@ def pip(target: Target, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Target:
+def shared_venv(tmp_path_factory: pytest.TempPathFactory) -> Target:
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    target = make_target(tmp_path_factory.mktemp("neighbours-") / "venv", here)
+    target = make_target(tmp_path_factory.mktemp("other-hooks-") / "venv", here)
     pip(target, "--only-binary=:all:", *PUBLISHED)
 
     project = tmp_path_factory.mktemp("project-")
@@ -87,7 +94,7 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Target:
     pip(target, "--no-build-isolation", "-e", str(project))
     assert list(target.purelib.glob("__editable___sglang_*_finder.py"))
 
-    # What autowrapt is told to hook, by an entry point of somebody's package.
+    # What autowrapt is told to hook, by an entry point of another package.
     (target.purelib / "somebody.py").write_text(
         "def hook(module):\n    print('autowrapt', module.__name__)\n"
     )
@@ -96,7 +103,7 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Target:
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text(f"[somebody]\n{RUNNER} = somebody:hook\n")
 
-    # The redirector wants to see a numba; its own real half is installed.
+    # numba-cuda's redirector looks for numba, which is a stub here; numba-cuda itself is real.
     for package in ("numba", "numba/cuda"):
         (target.purelib / package).mkdir()
         (target.purelib / package / "__init__.py").write_text("")
@@ -104,9 +111,9 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return target
 
 
-# Each activates itself for the module of the runner, and prints when it was at work.
+# Each activates itself for the module of the runner, and prints when it has run.
 ACTIVATIONS = {
-    "nobody": "",
+    "none": "",
     "wrapt": f"""
 import wrapt
 wrapt.register_post_import_hook(lambda module: print("wrapt", module.__name__), {RUNNER!r})
@@ -166,7 +173,7 @@ sglang_patch_loader.install()
 
 
 def run(target: Target, first: str, second: str, hook: bool) -> tuple[str, str]:
-    """What was printed, and the last word about the wrapping."""
+    """The output, and the line that says whether the method was wrapped."""
     done = target.run(
         "-W", "ignore", "-c", PROGRAM.format(first=first, second=second, runner=RUNNER),
         environment={
@@ -181,11 +188,9 @@ def run(target: Target, first: str, second: str, hook: bool) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("who", ACTIVATIONS)
-def test_each_does_what_it_does_without_us_whoever_comes_first(
-    neighbours: Target, who: str
-) -> None:
+def test_each_behaves_as_without_the_hook_in_either_order(shared_venv: Target, who: str) -> None:
     activation = ACTIVATIONS[who]
-    without = run(neighbours, activation, "", hook=False)
+    without = run(shared_venv, activation, "", hook=False)
     assert without[1] == "WRAPPED False"
     assert "8 [] True" in without[0]
     for name in ("wrapt", "ddtrace", "autowrapt"):
@@ -195,22 +200,22 @@ def test_each_does_what_it_does_without_us_whoever_comes_first(
         assert "BeartypeCallHintParamViolation\n" in without[0]
     if who in ("numba-cuda", "all of them"):
         assert "/numba_cuda/numba/cuda/__init__.py\n" in without[0]
-    ours_first = run(neighbours, activation, "", hook=True)
-    ours_last = run(neighbours, activation, OURS, hook=False)
+    ours_first = run(shared_venv, activation, "", hook=True)
+    ours_last = run(shared_venv, activation, OURS, hook=False)
     assert ours_first == ours_last == (without[0], "WRAPPED True")
 
 
-def test_the_start_of_every_python_costs_them_nothing(neighbours: Target) -> None:
+def test_start_up_imports_and_finders_are_theirs_alone(shared_venv: Target) -> None:
     code = "import sys; print(*sorted(sys.modules), sep='\\n')"
     finders = "import sys; print([type(f).__name__ for f in sys.meta_path])"
     off = {"SGLANG_WEIGHT_HOOK": "0"}
-    assert neighbours.run("-c", code).stdout == neighbours.run("-c", code, environment=off).stdout
-    assert neighbours.run("-c", "pass").stderr == ""
-    with_us = neighbours.run("-c", finders).stdout.replace("'_Finder', ", "", 1)
-    assert with_us == neighbours.run("-c", finders, environment=off).stdout
+    assert shared_venv.run("-c", code).stdout == shared_venv.run("-c", code, environment=off).stdout
+    assert shared_venv.run("-c", "pass").stderr == ""
+    with_us = shared_venv.run("-c", finders).stdout.replace("'_Finder', ", "", 1)
+    assert with_us == shared_venv.run("-c", finders, environment=off).stdout
 
 
-def test_coverage_measures_the_same_lines(neighbours: Target, tmp_path: Path) -> None:
+def test_coverage_measures_the_same_lines(shared_venv: Target, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"from {RUNNER} import ModelRunner, wrongly_typed\nprint(ModelRunner.__name__)\n"
@@ -227,7 +232,7 @@ def test_coverage_measures_the_same_lines(neighbours: Target, tmp_path: Path) ->
             "COVERAGE_PROCESS_START": str(place / "coveragerc"),
             "SGLANG_WEIGHT_HOOK": switch,
         }
-        python = str(neighbours.python)
+        python = str(shared_venv.python)
         done = subprocess.run(
             [python, str(script)], env=environment, capture_output=True, text=True, check=True
         )
@@ -247,9 +252,11 @@ def test_coverage_measures_the_same_lines(neighbours: Target, tmp_path: Path) ->
     assert measured[0] == measured[1]
 
 
-def test_uninstalling_leaves_the_neighbours(neighbours: Target) -> None:
-    neighbours.uninstall()
-    assert not list(neighbours.purelib.glob("sglang_*"))
-    done = neighbours.run("-c", f"import {RUNNER}", environment={"AUTOWRAPT_BOOTSTRAP": "somebody"})
+def test_uninstalling_leaves_the_other_import_hooks(shared_venv: Target) -> None:
+    shared_venv.uninstall()
+    assert not list(shared_venv.purelib.glob("sglang_*"))
+    done = shared_venv.run(
+        "-c", f"import {RUNNER}", environment={"AUTOWRAPT_BOOTSTRAP": "somebody"}
+    )
     assert (done.stdout, done.stderr) == (f"autowrapt {RUNNER}\n", "")
-    shutil.rmtree(neighbours.purelib)  # it is large
+    shutil.rmtree(shared_venv.purelib)  # it is large
