@@ -54,7 +54,8 @@ class EntryPoint(NamedTuple):
     """One method of SGLang that changes weights, and the releases that have it there.
 
     ``event``: the name under which it is published.
-    ``effect``: what it does to the weights, in the recorder's words (`recorder.EFFECTS`).
+    ``effect``: what it does to the weights (`publisher.events.EFFECTS`); ``request`` for the
+    methods in `REQUESTS`, which call some of those.
     ``site``: module and class; an empty class is the module itself.
     ``whose``: how the runners whose weights it changes follow from its arguments, a key of
     `_RUNNERS_OF`.
@@ -113,11 +114,11 @@ ENTRY_POINTS = (
 
     # Relocation copies experts within their tensors, on the forward path and a few layers at a
     # time: a stream.  Outermost is the function that also reloads what a dead rank has lost.
-    EntryPoint(_EPLB, "stream", RUNNER, "update_expert_location", "self", OLDEST, "0.5.15.post1"),
-    EntryPoint(_EPLB, "stream", EPLB_MANAGER, "update_expert_location_with_recovery", "model_argument", "0.5.18"),
-    EntryPoint(_EPLB, "stream", EXPERTS_OLD, "update", "process", "0.4.7", "0.4.7"),
-    EntryPoint(_EPLB, "stream", EXPERTS, "update", "process", "0.4.9.post6"),
-    EntryPoint("expert_backup", "update", EXPERT_BACKUP, "update_weights", "model", "0.5.10.post1"),
+    EntryPoint(_EPLB, "relocate", RUNNER, "update_expert_location", "self", OLDEST, "0.5.15.post1"),
+    EntryPoint(_EPLB, "relocate", EPLB_MANAGER, "update_expert_location_with_recovery", "model_argument", "0.5.18"),
+    EntryPoint(_EPLB, "relocate", EXPERTS_OLD, "update", "process", "0.4.7", "0.4.7"),
+    EntryPoint(_EPLB, "relocate", EXPERTS, "update", "process", "0.4.9.post6"),
+    EntryPoint("expert_backup", "partial", EXPERT_BACKUP, "update_weights", "model", "0.5.10.post1"),
     # /weights_checker with action=reset_tensors overwrites the weights with random values.
     EntryPoint("reset_tensors", "update", WEIGHT_CHECKER, "_reset_tensors", "model", "0.5.6.post2"),
 
@@ -127,10 +128,32 @@ ENTRY_POINTS = (
     EntryPoint(_RESUME, "resume", SCHEDULER, _RESUME, "process", OLDEST, "0.4.9.post6"),
     EntryPoint(_RESUME, "resume", SCHEDULER_MIXIN, _RESUME, "process", "0.4.10.post2", "0.5.12.post1"),
     EntryPoint(_RESUME, "resume", SCHEDULER_UPDATER, _RESUME, "process", "0.5.15.post1"),
+
+    EntryPoint("load_lora_adapter", "adapt", RUNNER, "load_lora_adapter", "self", "0.4.9.post6"),
+    EntryPoint("load_lora_adapter", "adapt", RUNNER, "load_lora_adapter_from_tensors", "self", "0.5.8.post1"),
+    EntryPoint("unload_lora_adapter", "adapt", RUNNER, "unload_lora_adapter", "self", "0.4.9.post6"),
+)
+
+# The scheduler's methods around those that write: what SGLang answers, and which bucket is the last
+# (it flushes its cache then), is known here alone.
+REQUESTS = (
+    EntryPoint(_DISK, "request", SCHEDULER, _DISK, "process", OLDEST, "0.4.9.post6"),
+    EntryPoint(_DISK, "request", SCHEDULER_MIXIN, _DISK, "process", "0.4.10.post2", "0.5.12.post1"),
+    EntryPoint(_DISK, "request", SCHEDULER_UPDATER, _DISK, "process", "0.5.15.post1"),
+    EntryPoint(_TENSOR, "request", SCHEDULER, _TENSOR, "process", OLDEST, "0.4.9.post6"),
+    EntryPoint(_TENSOR, "request", SCHEDULER_MIXIN, _TENSOR, "process", "0.4.10.post2", "0.5.12.post1"),
+    EntryPoint(_TENSOR, "request", SCHEDULER_UPDATER, _TENSOR, "process", "0.5.15.post1"),
+    EntryPoint(_DISTRIBUTED, "request", SCHEDULER, _DISTRIBUTED, "process", OLDEST, "0.4.9.post6"),
+    EntryPoint(_DISTRIBUTED, "request", SCHEDULER_MIXIN, _DISTRIBUTED, "process", "0.4.10.post2", "0.5.12.post1"),
+    EntryPoint(_DISTRIBUTED, "request", SCHEDULER_UPDATER, _DISTRIBUTED, "process", "0.5.15.post1"),
+    EntryPoint(_IPC, "request", SCHEDULER_MIXIN, _IPC, "process", "0.5.5.post3", "0.5.12.post1"),
+    EntryPoint(_IPC, "request", SCHEDULER_UPDATER, _IPC, "process", "0.5.15.post1"),
+    EntryPoint("weight_update_session", "request", SCHEDULER_UPDATER, "begin_weight_update", "process", "0.5.21"),
+    EntryPoint("weight_update_session", "request", SCHEDULER_UPDATER, "end_weight_update", "process", "0.5.21"),
 )
 # fmt: on
 
-TARGET_MODULES = frozenset(entry.module for entry in ENTRY_POINTS)
+TARGET_MODULES = frozenset(entry.module for entry in (*ENTRY_POINTS, *REQUESTS))
 
 
 # --- waiting for a module -----------------------------------------------------------------
@@ -276,7 +299,7 @@ def _details(entry: EntryPoint, args: Arguments, kwargs: Keywords) -> dict[str, 
     """What the recorder needs of the call's arguments beyond the runners."""
     if entry.effect not in ("release", "resume"):
         return {}
-    request = args[1] if len(args) > 1 else kwargs.get("recv_req")
+    request = _request_of(args, kwargs)
     adapter = getattr(args[0] if args else None, "memory_saver_adapter", None)
     return {
         # None or empty means every tag (SGLang, io_struct.py, ReleaseMemoryOccupationReqInput).
@@ -284,6 +307,29 @@ def _details(entry: EntryPoint, args: Arguments, kwargs: Keywords) -> dict[str, 
         # Without --enable-memory-saver the adapter is a no-op, and nothing is freed.
         "physical": bool(getattr(adapter, "enabled", False)),
     }
+
+
+def _request_of(args: Arguments, kwargs: Keywords) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("recv_req")
+
+
+def _request_details(args: Arguments, kwargs: Keywords) -> dict[str, Any]:
+    owner, request = args[0] if args else None, _request_of(args, kwargs)
+    return {
+        # SGLang flushes its cache after the last bucket (io_struct.py, flush_cache).
+        "is_last": bool(getattr(request, "flush_cache", False)),
+        # The scheduler's own record of a session (SchedulerWeightUpdaterManager, since 0.5.21).
+        "is_sessionless": getattr(owner, "_session", owner) is None,
+    }
+
+
+def _effect(entry: EntryPoint, args: Arguments, kwargs: Keywords) -> str:
+    """The entry's effect; an update with a filter of names is of some weights only."""
+    if entry.effect == "update":
+        chosen = kwargs.get("weight_name_filter", args[3] if len(args) > 3 else None)
+        if chosen is not None and entry.event == _DISK:
+            return "partial"
+    return entry.effect
 
 
 # --- wrapping -----------------------------------------------------------------------------
@@ -304,7 +350,7 @@ def patch_module(module: ModuleType) -> None:
     """
     _settle_directory()
     version = _sglang_version()
-    for entry in ENTRY_POINTS:
+    for entry in (*ENTRY_POINTS, *REQUESTS):
         if entry.module != module.__name__:
             continue
         if _wrap_entry(module, entry):
@@ -325,16 +371,18 @@ def _wrap_entry(module: ModuleType, entry: EntryPoint) -> bool:
 
 def make_wrapper(original: Callable[..., Any], entry: EntryPoint) -> Callable[..., Any]:
     """The shell around one method: same signature, same result, same exceptions."""
+    is_request = entry.effect == "request"
+    begin, finish = (_begin_request, _finish_request) if is_request else (_begin, _finish)
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        event = _begin(entry, args, kwargs)
+        begun = begin(entry, args, kwargs)
         try:
             result = original(*args, **kwargs)
         except BaseException as error:
-            _finish(event, None, error)
+            finish(begun, None, error)
             raise
-        _finish(event, result, None)
+        finish(begun, result, None)
         return result
 
     setattr(wrapper, _MARK, entry)
@@ -349,7 +397,7 @@ def _begin(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             _check_all_events()
         return recorder.begin(
             entry.event,
-            entry.effect,
+            _effect(entry, args, kwargs),
             _runners(entry, args, kwargs),
             _details(entry, args, kwargs),
             missing=_missing,
@@ -359,15 +407,36 @@ def _begin(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None
 
 
-def _finish(event: Any, result: Any, error: Optional[BaseException]) -> None:
-    if event is None:
+def _finish(begun: Any, result: Any, error: Optional[BaseException]) -> None:
+    if begun is None:
         return
     try:
         from sglang_weight_hook.publisher import recorder
 
-        recorder.finish(event, result, error)
+        recorder.finish(begun, result, error)
     except Exception as failure:
         _log_once("end of an event", failure)
+
+
+def _begin_request(entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        from sglang_weight_hook.publisher import recorder
+
+        return recorder.begin_request(_request_details(args, kwargs))
+    except Exception as error:
+        _log_once("begin of a request: " + entry.event, error)
+        return None
+
+
+def _finish_request(request: Any, result: Any, error: Optional[BaseException]) -> None:
+    if request is None:
+        return
+    try:
+        from sglang_weight_hook.publisher import recorder
+
+        recorder.finish_request(request, result, error)
+    except Exception as failure:
+        _log_once("end of a request", failure)
 
 
 _logged: set[str] = set()

@@ -14,3 +14,8 @@ DOCUMENTS = (
 WEIGHTS_META, TOTAL_META, SUMMARY, MERGED, LAYOUT, STATE = DOCUMENTS
 SAVING_LOCK = "weight_saving_{}.lock"
 OWNER_LOCK = "weight_owner_{}.lock"
+HEADER = "weight_header_{}.bin"
+EVENTS = "weight_events_{}.jsonl"  # appended; survives its owner
+EVENTS_BEFORE = "weight_events_{}.1.jsonl"  # what was there when the file above grew too long
+# Of a process, not of a slot: ``{}`` is its pid.
+CONTROL = "weight_hook_{}.sock"

@@ -307,6 +307,14 @@ class Tensor(TypedDict, total=False):
         ),
     ]
     aliases: Annotated[list[str], Field("Other names of the very same tensor.", required=True)]
+    volatile: Annotated[
+        bool,
+        Field(
+            "true: SGLang rewrites or swaps its bytes in a forward (LoRA pool, offloaded weights, "
+            "caches of paged experts). The address is as true as any; the contents are outside "
+            "content_generation and are not checksummed. Absent: false."
+        ),
+    ]
     checksum: Annotated[
         str,
         Field("Checksum of the values (see checksums), where SGLANG_WEIGHT_HOOK_CHECKSUM=1."),

@@ -36,6 +36,13 @@ class Standing(TypedDict, total=False):
             required=True,
         ),
     ]
+    instance: Annotated[
+        str,
+        Field(
+            "New for each runner that is published, also within one process: another instance "
+            "means that everything known of the slot is stale. 16 hexadecimal digits."
+        ),
+    ]
     layout_generation: Annotated[
         Count,
         Field(
@@ -44,7 +51,12 @@ class Standing(TypedDict, total=False):
         ),
     ]
     content_generation: Annotated[
-        Count, Field("Rises when values changed or may have changed.", required=True)
+        Count,
+        Field(
+            "Rises when values changed or may have changed by a call that is known to change them; "
+            "volatile tensors are left out of account. A stream of buckets raises it by one.",
+            required=True,
+        ),
     ]
     physical_epoch: Annotated[
         Count,
@@ -65,6 +77,13 @@ class Standing(TypedDict, total=False):
         Field(
             "By SGLang's memory tag (weights, kv_cache, cuda_graph): resident, or released by "
             "release_memory_occupation; null or absent where it is not known."
+        ),
+    ]
+    checked_at: Annotated[
+        Optional[float],
+        Field(
+            "When the map and the memory of the server were last found equal, in seconds since "
+            "1970-01-01 UTC, as of this document; the header has the latest time. null: not yet."
         ),
     ]
     updated_at: Annotated[
@@ -113,17 +132,26 @@ class Event(TypedDict, total=False):
         Field(
             "What SGLang was asked to do, for example load_model, scheduler_ready, "
             "update_weights_from_disk, weight_update_session, release_memory_occupation, "
-            "resume_memory_occupation.",
+            "resume_memory_occupation. unannounced_change: a weight was found elsewhere though no "
+            "call that is known to move weights was made.",
             required=True,
         ),
     ]
     success: Annotated[
-        Optional[bool], Field("Whether it succeeded; null while it lasts.", required=True)
+        Optional[bool],
+        Field("Whether the weights were written as asked; null while it lasts.", required=True),
+    ]
+    answered: Annotated[
+        Optional[bool],
+        Field(
+            "Whether SGLang answered the request with success. It answers false, for example, where "
+            "the weights were written and its cache was not flushed. null: nobody asked SGLang."
+        ),
     ]
     message: Annotated[
         Optional[str],
         Field(
-            "SGLang's own message, or the exception's type and text; cut to about 280 bytes of "
+            "SGLang's own message, or the exception's type and text; cut to about 200 bytes of "
             "JSON.",
             required=True,
         ),
@@ -141,9 +169,10 @@ class Event(TypedDict, total=False):
     calls: Annotated[
         int,
         Field(
-            "How many calls the event consists of: the buckets of a session, calls inside calls.",
+            "How many calls the event consists of: the buckets of a stream or session, calls inside "
+            "calls. 0 for an unannounced change.",
             required=True,
-            minimum=1,
+            minimum=0,
         ),
     ]
     nested: Annotated[
@@ -167,7 +196,14 @@ class Event(TypedDict, total=False):
         Field("Canonical names that are no longer in the document. Absent while the event lasts."),
     ]
     capture_seconds: Annotated[
-        Optional[Seconds], Field("Seconds that looking at the model took inside the server.")
+        Optional[Seconds], Field("Seconds that the capture took inside the server.")
+    ]
+    tensors: Annotated[
+        list[str],
+        Field(
+            "Of an unannounced change: the first few tensors that moved, came or went.",
+            max_items=5,
+        ),
     ]
 
 
@@ -204,6 +240,13 @@ class StateDocument(StateName, Standing, Process, total=False):
     ]
     missing_count: Annotated[
         Count, Field("How many entry points this SGLang lacks.", required=True)
+    ]
+    control: Annotated[
+        Optional[str],
+        Field(
+            "File name of the process's control socket in the same directory; null where there is "
+            "none."
+        ),
     ]
     problem: Annotated[
         Optional[str],

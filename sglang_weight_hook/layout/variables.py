@@ -8,10 +8,14 @@ from .location import DEFAULT_DIRECTORY, DIRECTORY
 
 SWITCH = "SGLANG_WEIGHT_HOOK"
 LOCK_TIMEOUT = "SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT"
+CHECK_SECONDS = "SGLANG_WEIGHT_HOOK_CHECK_SECONDS"
+QUIET_MS = "SGLANG_WEIGHT_HOOK_QUIET_MS"
 CHECKSUM = "SGLANG_WEIGHT_HOOK_CHECKSUM"
 DEBUG = "SGLANG_WEIGHT_HOOK_DEBUG"
 
 DEFAULT_LOCK_TIMEOUT = 10.0  # seconds
+DEFAULT_CHECK_SECONDS = 10.0
+DEFAULT_QUIET_MS = 50.0  # milliseconds
 
 
 class Variable(NamedTuple):
@@ -28,15 +32,29 @@ VARIABLES = (
         f"{DEFAULT_LOCK_TIMEOUT:g} s",
         "how long an update waits for readers that hold the lock",
     ),
+    Variable(
+        CHECK_SECONDS,
+        f"{DEFAULT_CHECK_SECONDS:g} s",
+        "how often the server compares its map with memory; 0 never does",
+    ),
+    Variable(
+        QUIET_MS,
+        f"{DEFAULT_QUIET_MS:g} ms",
+        "how long no bucket has come when a stream of buckets counts as over; 0 ends it at once",
+    ),
     Variable(CHECKSUM, "off", "1 publishes a checksum of every tensor after each event"),
     Variable(DEBUG, "off", "1 says on stderr why the hook is not active"),
 )
 
 
-def seconds_from(value: Optional[str], default: float) -> float:
-    """A duration below a day; ``default`` where ``value`` is none.
+# Those of them that are durations, below a day (in seconds; QUIET_MS in milliseconds).
+DURATIONS = (LOCK_TIMEOUT, CHECK_SECONDS, QUIET_MS)
 
-    >>> seconds_from("2.5", 10.0), seconds_from("soon", 10.0), seconds_from("nan", 10.0)
+
+def duration_from(value: Optional[str], default: float) -> float:
+    """A number from 0 to below 86,400; ``default`` where ``value`` is none.
+
+    >>> duration_from("2.5", 10.0), duration_from("soon", 10.0), duration_from("nan", 10.0)
     (2.5, 10.0, 10.0)
     """
     try:

@@ -7,13 +7,15 @@ here raises freely; the recorder stands between it and SGLang.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-from ..layout.documents import LORA, PARAMETER
-from . import cuda_driver
+from ..layout.documents import ATTRIBUTE, LORA, PARAMETER
+from . import cuda_driver, identity
 from .footprint import Footprint, footprint_of, places_of
 from .kv_cache import kv_cache
 from .rows import Row, allocation_kinds, allocations_of, row_of
+from .volatile import lora_attributes, volatile_names
 from .walk import Wrappers, lora_pool, plain_tensors, walk_model
 
 
@@ -32,6 +34,9 @@ class Capture(NamedTuple):
     kv_cache: list[dict[str, Any]]
     # Names under which torch lists a parameter -> the canonical name of its row.
     torch_names: dict[str, str]
+    # Canonical names of tensors whose bytes SGLang rewrites or swaps in a forward.
+    volatile: frozenset[str]
+    device_index: Optional[int]  # of the CUDA device; None: not on one
     footprint: Optional[Footprint]
 
 
@@ -45,7 +50,9 @@ def capture(runner: Any, footprint: bool = True) -> Capture:
         raise LookupError("the runner has no model")
     device_type = _device_type(runner)
     walk = walk_model(model)
-    kinds = {**walk.tensors, LORA: list(lora_pool(runner))}
+    # The pool before the attributes: LoRA layers hold the pool's tensors as attributes of theirs.
+    attributes = walk.tensors.pop(ATTRIBUTE)
+    kinds = {**walk.tensors, LORA: list(lora_pool(runner)), ATTRIBUTE: attributes}
 
     tensors: dict[str, Row] = {}
     aliases: dict[str, list[str]] = {}
@@ -100,6 +107,7 @@ def capture(runner: Any, footprint: bool = True) -> Capture:
                 by_identity.setdefault(id(outer), canonical or name)
                 if kind == PARAMETER:
                     torch_names[name] = canonical or name
+    lora_attributes(tensors)
     allocations = allocations_of(tensors.values())
     return Capture(
         device_type=device_type,
@@ -111,7 +119,9 @@ def capture(runner: Any, footprint: bool = True) -> Capture:
         allocation_kinds=allocation_kinds(allocations),
         kv_cache=kv_cache(runner),
         torch_names=torch_names,
-        footprint=footprint_of(model, walk) if footprint else None,
+        volatile=volatile_names(tensors, walk),
+        device_index=identity.gpu_id(runner) if device_type == "cuda" else None,
+        footprint=footprint_of(model, walk, device_type) if footprint else None,
     )
 
 
@@ -179,12 +189,16 @@ def moved(before: Optional[Capture], runner: Any) -> bool:
     return footprint is None or places_of(footprint, runner.model) != footprint.places
 
 
-def nothing_new(before: Optional[Capture], runner: Any) -> bool:
+def nothing_new(
+    before: Optional[Capture], runner: Any, pause: Optional[Callable[[], None]] = None
+) -> bool:
     """Whether the model holds no more tensors than in ``before``; of one that has not `moved`.
 
     Slower than `moved`, faster than a capture: all modules are walked, no tensor is asked.
+    ``pause``: called now and then, so that other threads need not wait for the interpreter.
     """
-    found = walk_model(runner.model).tensors
-    return before is not None and all(
-        before.expected.get(kind) == len(named) for kind, named in found.items()
-    )
+    if before is None:
+        return False
+    counts = {kind: len(named) for kind, named in walk_model(runner.model, pause).tensors.items()}
+    counts[LORA] = sum(1 for _ in lora_pool(runner))
+    return all(before.expected.get(kind) == count for kind, count in counts.items())

@@ -8,10 +8,12 @@ this process; without CUDA every question answers None.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
 import uuid
+from collections.abc import Iterator
 from typing import Any, Optional
 
 
@@ -65,6 +67,36 @@ def allocations_under(address: int, size: int) -> list[tuple[int, int]]:
         found.append(allocation)
         position = sum(allocation)
     return found
+
+
+def current_context() -> Optional[int]:
+    """The CUDA context that is current in this thread (``cuCtxGetCurrent``), if any."""
+    library = _library() if is_initialised() else None
+    if library is None:
+        return None
+    context = ctypes.c_void_p()
+    if library.cuCtxGetCurrent(ctypes.byref(context)) != 0:
+        return None
+    return context.value
+
+
+@contextlib.contextmanager
+def using_context(context: Optional[int]) -> Iterator[None]:
+    """Make ``context`` current in this thread (``cuCtxSetCurrent``), which asks the device nothing.
+
+    Another thread's context: the driver answers questions about addresses only where theirs is
+    current.  None changes nothing.
+    """
+    library = _library() if context is not None else None
+    if library is None:
+        yield
+        return
+    before = current_context()
+    library.cuCtxSetCurrent(ctypes.c_void_p(context))
+    try:
+        yield
+    finally:
+        library.cuCtxSetCurrent(ctypes.c_void_p(before))
 
 
 # CUpointer_attribute values (cuda.h).

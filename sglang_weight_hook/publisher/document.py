@@ -8,7 +8,7 @@ elements.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Optional
 
 from ..layout.documents import LORA, SCHEMA, SCHEMA_VERSION, STATE_SCHEMA
@@ -16,8 +16,9 @@ from ..layout.geometry import Region, merge
 from .capture import Capture
 
 # State files stay under 2 KB, so a message of SGLang's is cut, and so is a list of names.
-MESSAGE_LIMIT = 280
+MESSAGE_LIMIT = 200
 NAME_LIMIT = 72
+NAMES_LIMIT, NAMES_LENGTH = 5, 48
 
 # --- the layout document ------------------------------------------------------------------
 
@@ -65,18 +66,22 @@ def tensors(captured: Capture, checksums: Mapping[str, str]) -> dict[str, dict[s
         }
     for name in checksums.keys() & result.keys():
         result[name]["checksum"] = checksums[name]
+    for name in captured.volatile:
+        result[name]["volatile"] = True
     return result
 
 
 class Standing(NamedTuple):
     """What the recorder knows of a slot beyond the capture, for both documents."""
 
+    instance: str  # new for each runner that is published
     state: str
     layout_generation: int
     content_generation: int
     physical_epoch: int
     kv_physical_epoch: int
     residency: Mapping[str, str]  # memory saver tag -> "resident" or "released"
+    checked_at: Optional[float]  # when map and memory were last found equal
 
     def fields(self) -> dict[str, Any]:
         return {**self._asdict(), "residency": dict(self.residency)}
@@ -133,7 +138,7 @@ def _region(captured: Capture, region: Region) -> dict[str, Any]:
     }
 
 
-def withdrawn(
+def invalidated(
     standing: Standing,
     identity: Mapping[str, Any],
     problem: str,
@@ -234,16 +239,24 @@ def validation(
 # --- what changed -------------------------------------------------------------------------
 
 
-def changes(before: Optional[Capture], after: Capture) -> dict[str, int]:
-    """How many names moved (any address, size or stride changed), came and went."""
+class Changes(NamedTuple):
+    moved: int  # any address, size, shape or stride changed
+    added: int
+    removed: int
+    names: tuple[str, ...]  # the first few of them, in that order
+
+
+def changes(before: Optional[Capture], after: Capture) -> Changes:
+    """How many names moved, came and went."""
     if before is None:
-        return {"moved": 0, "added": len(after.tensors), "removed": 0}
+        return Changes(0, len(after.tensors), 0, ())
     old, new = before.tensors, after.tensors
-    return {
-        "moved": sum(1 for name, row in new.items() if name in old and old[name] != row),
-        "added": sum(1 for name in new if name not in old),
-        "removed": sum(1 for name in old if name not in new),
-    }
+    moved = [name for name, row in new.items() if name in old and old[name] != row]
+    added = [name for name in new if name not in old]
+    removed = [name for name in old if name not in new]
+    return Changes(
+        len(moved), len(added), len(removed), tuple([*moved, *added, *removed][:NAMES_LIMIT])
+    )
 
 
 def same_layout(before: Optional[Capture], after: Capture) -> bool:
@@ -266,6 +279,7 @@ def state(
     lock: str,
     missing: list[str],
     problem: Optional[str],
+    control: Optional[str],
     now: float,
 ) -> dict[str, Any]:
     """``weight_state_{slot}.json``, under 2 KB whatever SGLang's message or names are."""
@@ -283,6 +297,7 @@ def state(
         "missing": [_short(text, NAME_LIMIT) for text in missing[:5]],
         "missing_count": len(missing),
         "problem": _short(problem),
+        "control": control,
         "updated_at": now,
     }
 
@@ -293,17 +308,20 @@ def event(
     message: Optional[str],
     started_at: float,
     finished_at: Optional[float],
-    counts: Mapping[str, int],
+    counts: Optional[Changes],
     calls: int,
     nested: Optional[Mapping[str, int]] = None,
     capture_seconds: Optional[float] = None,
+    answered: Optional[bool] = None,
+    names: Iterable[str] = (),
 ) -> dict[str, Any]:
     """One event, for both documents.  ``success`` is null while it lasts.
 
     ``calls`` counts SGLang's calls inside it; ``nested`` those of other kinds, by kind.
+    ``names``: tensors that an unannounced change has moved.
     """
     shown = list((nested or {}).items())[:3]
-    return {
+    described: dict[str, Any] = {
         "kind": _short(kind, NAME_LIMIT),
         "success": success,
         "message": _short(message),
@@ -312,7 +330,29 @@ def event(
         "calls": calls,
         "nested": {_short(name, NAME_LIMIT) or "": count for name, count in shown},
         "capture_seconds": capture_seconds,
-        **counts,
+        "answered": answered,
+    }
+    if counts is not None:
+        described.update(moved=counts.moved, added=counts.added, removed=counts.removed)
+    if names:
+        described["tensors"] = [_short(name, NAMES_LENGTH) for name in names]
+    return described
+
+
+def event_line(
+    standing: Standing, event: Mapping[str, Any], process: Mapping[str, Any], now: float
+) -> dict[str, Any]:
+    """A line of ``weight_events_{slot}.jsonl``: the event, and how it left the slot."""
+    return {
+        **event,
+        "state": standing.state,
+        "instance": standing.instance,
+        "layout_generation": standing.layout_generation,
+        "content_generation": standing.content_generation,
+        "physical_epoch": standing.physical_epoch,
+        "pid": process["pid"],
+        "process_start_ticks": process["process_start_ticks"],
+        "updated_at": now,
     }
 
 

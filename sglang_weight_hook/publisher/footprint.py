@@ -28,19 +28,23 @@ class Footprint(NamedTuple):
     names: list[str]
     children: list[int]
     attributes: list[tuple[int, Keys]]  # those with attributes that hold tensors
+    # Positions among the tensors of those on another device: SGLang's offloaders put a copy on the
+    # device in their place while a forward runs (srt/utils/offloader.py, functional_call).
+    swapped: list[int]
     places: Places
 
 
 _dtype_of = attrgetter("dtype")
+_device_of = attrgetter("device.type")
 _state_of = attrgetter("__dict__")
 _parameters_of = itemgetter("_parameters")
 _buffers_of = itemgetter("_buffers")
 _modules_of = itemgetter("_modules")
 
 
-def footprint_of(model: Any, walk: Walk) -> Optional[Footprint]:
+def footprint_of(model: Any, walk: Walk, device_type: str) -> Optional[Footprint]:
     keys_of = walk.attributes
-    footprint = Footprint([], [], [], [], [], [], [], ([], [], [], [], []))
+    footprint = Footprint([], [], [], [], [], [], [], [], ([], [], [], [], []))
     modules = [model]
     known = {id(model): 0}
     try:
@@ -70,6 +74,11 @@ def footprint_of(model: Any, walk: Walk) -> Optional[Footprint]:
         footprint.modules.extend(map(weakref.ref, modules))
     except Exception:  # what is no module of torch's making
         return None
+    found = _tensors_of(footprint, model)
+    if found is None:
+        return None
+    devices = map(_device_of, found[1])
+    footprint.swapped.extend(k for k, device in enumerate(devices) if device != device_type)
     places = places_of(footprint, model)
     return None if places is None else footprint._replace(places=places)
 
@@ -77,11 +86,32 @@ def footprint_of(model: Any, walk: Walk) -> Optional[Footprint]:
 def places_of(footprint: Footprint, model: Any) -> Optional[Places]:
     """What tensors there are and where, of which shape and type; None where one can't be asked.
 
-    This is what each bucket of an update waits for: all modules and all tensors are asked for
-    one thing after the other, without a loop over them in Python.
+    This is what the end of a stream waits for: all modules and all tensors are asked for one
+    thing after the other, without a loop over them in Python.
     """
     import torch
 
+    try:
+        found = _tensors_of(footprint, model)
+        if found is None:
+            return None
+        names, tensors = found
+        shapes: list[Any] = list(map(torch.Tensor.size, tensors))
+        strides: list[Any] = list(map(torch.Tensor.stride, tensors))
+        dtypes = list(map(_dtype_of, tensors))
+        addresses = list(map(torch.Tensor.data_ptr, tensors))
+    except Exception:  # an uninitialised parameter
+        return None
+    # A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
+    if 0 in addresses and any(is_wrapper(t) for t, a in zip(tensors, addresses) if not a):
+        return None
+    for position in footprint.swapped:
+        addresses[position], strides[position] = 0, None
+    return names, addresses, shapes, strides, dtypes
+
+
+def _tensors_of(footprint: Footprint, model: Any) -> Optional[tuple[list[str], list[Any]]]:
+    """Names and tensors where the footprint says that they are held; None where it is not so."""
     modules = [reference() for reference in footprint.modules]
     if modules[0] is not model or not all(map(is_not, modules, repeat(None))):
         return None
@@ -107,13 +137,6 @@ def places_of(footprint: Footprint, model: Any) -> Optional[Places]:
             state = states[position]
             for name, key in keys:
                 tensors.append(state[name] if key is None else state[name][key])
-        shapes: list[Any] = list(map(torch.Tensor.size, tensors))
-        strides: list[Any] = list(map(torch.Tensor.stride, tensors))
-        dtypes = list(map(_dtype_of, tensors))
-        addresses = list(map(torch.Tensor.data_ptr, tensors))
-    except Exception:  # a missing attribute, an uninitialised parameter
+    except Exception:  # a missing attribute
         return None
-    # A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
-    if 0 in addresses and any(is_wrapper(t) for t, a in zip(tensors, addresses) if not a):
-        return None
-    return names, addresses, shapes, strides, dtypes
+    return names, tensors

@@ -37,13 +37,13 @@ class Device(NamedTuple):
     allocator: Allocator
 
 
-def device(device_type: str) -> Optional[Device]:
-    """The current CUDA device; None for a runner that is on no GPU."""
+def device(device_type: str, index: Optional[int] = None) -> Optional[Device]:
+    """CUDA device ``index``, or the thread's current one; None for a runner that is on no GPU."""
     if device_type != "cuda" or not cuda_driver.is_initialised():
         return None
     import torch
 
-    index = torch.cuda.current_device()
+    index = torch.cuda.current_device() if index is None else index
     free, total = torch.cuda.mem_get_info(index)
     snapshot: Any = torch.cuda.memory_snapshot  # torch has no annotations for it
     segments = [segment for segment in snapshot() if segment["device"] == index]

@@ -16,6 +16,7 @@ import sys
 from typing import Any, NamedTuple, Optional
 
 from . import once
+from .events import UNANNOUNCED
 
 PREFIX = "sglang_weight_hook_"
 # Those that outlast an event; while one lasts the old ones stand.
@@ -39,9 +40,10 @@ GAUGES = {
     "capture_seconds": "How long looking at the model took after it.",
 }
 COUNTERS = {
-    "events": "Calls of SGLang's that change weights; a session counts once.",
-    "event_failures": "Those that failed.",
-    "lock_timeouts": "Those that went on without the lock, for a reader held it too long.",
+    "events": "SGLang's calls that change weights; a session and a stream count once.",
+    "event_failures": "SGLang's calls that change weights and that failed.",
+    "lock_timeouts": "Weight updates that went on without the lock that a reader held too long.",
+    "unannounced_changes": "Times that weights had moved without a call that is known to.",
 }
 
 
@@ -61,6 +63,7 @@ def update(
     slot: str,
     role: str,
     *,
+    kind: str = "",
     state: str,
     layout_generation: int,
     content_generation: int,
@@ -82,7 +85,8 @@ def update(
         if not wanted(runner):
             return
         due = _due.setdefault((slot, role), dict.fromkeys(COUNTERS, 0))
-        due["events"] += 1
+        due["unannounced_changes"] += kind == UNANNOUNCED
+        due["events"] += kind != UNANNOUNCED
         due["event_failures"] += not success
         due["lock_timeouts"] += lock_status == "timeout"
         metrics = _made()

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
-from ..layout.files import DOCUMENTS, LAYOUT, OWNER_LOCK, SAVING_LOCK, STATE
+from ..layout.files import DOCUMENTS, HEADER, LAYOUT, OWNER_LOCK, SAVING_LOCK, STATE
 from . import once
 
 _TEMPORARY = ".tmp-"
@@ -174,19 +174,24 @@ class Slot:
     def _clear_predecessor(self) -> None:
         """Remove what a dead owner left: its addresses mean nothing now, its temporary files
         never will."""
-        for document in DOCUMENTS:
+        gone = (*DOCUMENTS, HEADER)
+        for document in gone:
             with contextlib.suppress(OSError):
                 os.unlink(self.path(document))
-        mine = tuple(f".{document.format(self.name)}{_TEMPORARY}" for document in DOCUMENTS)
+        mine = tuple(f".{document.format(self.name)}{_TEMPORARY}" for document in gone)
         with contextlib.suppress(OSError):
             for entry in os.listdir(self.directory):
                 if entry.startswith(mine):
                     with contextlib.suppress(OSError):
                         os.unlink(os.path.join(self.directory, entry))
 
+    def is_ours(self) -> bool:
+        """Whether the slot's files are this object's: its owner file was not replaced."""
+        return _is_same_file(self._owner_fd, self.path(OWNER_LOCK))
+
     def reclaim_if_lost(self) -> None:
         """Claim anew when the directory or the owner file was removed under us.  Raises OSError."""
-        if not _is_same_file(self._owner_fd, self.path(OWNER_LOCK)):
+        if not self.is_ours():
             self.abandon()
             self._claim()
 
@@ -207,13 +212,16 @@ class Slot:
 
     # -- the lock that readers share
 
-    def lock(self) -> None:
-        """Take the saving lock, within the timeout; `lock_status` says how that went.
+    def lock(self, patience: Optional[float] = None) -> None:
+        """Take the saving lock; `lock_status` says how that went.
+
+        ``patience``: how many seconds to wait at most; None: ``lock_timeout``.
 
         After one full timeout the following waits are not repeated: a reader that never lets
         go costs the server one wait, not one for each of a thousand buckets.
         Raises nothing: without the lock the server goes on.
         """
+        patience = self.lock_timeout if patience is None else patience
         try:
             self.reclaim_if_lost()
             if not _is_same_file(self._saving_fd, self.path(SAVING_LOCK)):
@@ -221,12 +229,14 @@ class Slot:
                     os.close(self._saving_fd)
                     self._saving_fd = -1
                 self._saving_fd = open_lock_file(self.path(SAVING_LOCK))
-            if try_lock(self._saving_fd, self.lock_timeout if self._patient else 0.0):
+            if try_lock(self._saving_fd, patience if self._patient else 0.0):
                 self.lock_status = "held"
                 self._patient = True
                 once.solved("lock " + self.name)
                 return
             self.lock_status = "timeout"
+            if patience <= 0:  # nobody was waited for, so nothing is said
+                return
             self._patient = False
             once.warn(
                 "lock " + self.name,
@@ -246,8 +256,8 @@ class Slot:
 
     # -- documents
 
-    def write(self, document: str, content: Any) -> None:
-        """Publish one document.  Raises OSError."""
+    def write(self, document: str, content: Any) -> bytes:
+        """Publish one document; its bytes.  Raises OSError."""
         path = self.path(document)
         # The layout is for programs, and at 3,000 tensors indentation would double it.
         data = encode(content, indent=document != LAYOUT)
@@ -257,6 +267,7 @@ class Slot:
             # The directory was removed while the server runs: make it again.
             self.reclaim_if_lost()
             write_whole(self.path(document), data)
+        return data
 
     def has(self, document: str) -> bool:
         return os.path.exists(self.path(document))

@@ -1,29 +1,14 @@
 """Events in, published documents out: which runner is in which state, and since when.
 
 The patch core calls `begin` before and `finish` after each of SGLang's methods that change
-weights; everything else follows from the event's *effect*:
+weights; everything else follows from the event's *effect* (`events.EFFECTS`).  Around them it
+calls `begin_request` and `finish_request` for the scheduler's own methods, which know what the
+methods inside do not: what SGLang answered, and whether a bucket is the last one.
 
-========  ====================================================  ===========================
-effect    what the call does                                    what is published after it
-========  ====================================================  ===========================
-load      loads a runner's model; the engine is not built yet   everything, ``loading``
-build     constructs something that loads its own model         everything, ``ready``
-commit    fills the loaded addresses with the real values       everything, ``loading``
-settle    the scheduler is built; drafts have re-bound theirs   everything, ``ready``
-update    may replace any weight                                everything
-stream    one bucket of many, written in place as a rule        the state; all if one moved
-open      begins a session of updates; the lock stays held      nothing (``updating``)
-close     ends it                                               the state; all if one changed
-release   may free the weights' physical memory                 everything, ``released``
-resume    backs the same addresses with fresh memory            everything
-========  ====================================================  ===========================
+All are called inside SGLang.  They raise nothing that SGLang has to see, and wait for nothing but
+the lock, for at most its timeout.
 
-Calls nest (expert relocation calls an update; a session holds hundreds) and may come from
-several threads: the outermost or first one begins the event, the last to leave ends it, and
-it counts once.
-
-`begin` and `finish` are called inside SGLang.  They raise nothing that SGLang has to see, and
-wait for nothing but the lock, for at most its timeout.
+The background thread calls `end_streams`, `check` and `answer`.
 """
 
 from __future__ import annotations
@@ -31,23 +16,20 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
-from ..layout import files
 from ..layout.states import KV_CACHE, RELEASED, RESIDENT, TAGS, WEIGHTS
-from . import identity, metrics, once, publish, settings
-from .tracked import Call, Tracked
-
-EFFECTS = frozenset(
-    "load build commit settle update stream open close release resume".split()  # noqa: SIM905
-)
+from . import background, cuda_driver, identity, once, publication, publish, settings
+from .events import EFFECTS, Call, outcome
+from .tracked import Tracked
 
 
-class Event(NamedTuple):
+class Begun(NamedTuple):
     """One call under way, handed from `begin` to `finish`."""
 
     call: Call
@@ -64,6 +46,22 @@ class Event(NamedTuple):
         return id(self.named[0]) if len(self.named) == 1 else 0
 
 
+class Request:
+    """One of the scheduler's calls under way on this thread, which calls those that write.
+
+    The events of the runners that are written last until it is over.
+    """
+
+    def __init__(self, details: dict[str, Any]) -> None:
+        self.call = Call()
+        # Whether SGLang flushes its cache afterwards, so that this bucket is the last one.
+        self.is_last = bool(details.get("is_last"))
+        # Whether no session of SGLang's is open, as far as the scheduler tells.
+        self.is_sessionless = bool(details.get("is_sessionless"))
+        self.participants: list[Tracked] = []
+        self.opened: list[tuple[Tracked, int]] = []  # sessions that began inside
+
+
 # --- this process's runners ---------------------------------------------------------------
 
 # id(runner) -> Tracked.  Runners are held weakly.
@@ -75,6 +73,7 @@ _building: weakref.WeakSet[Call] = weakref.WeakSet()
 _load_order = itertools.count()
 _mutex = threading.RLock()
 _busy = False  # whether the mutex's owner is at work on what the mutex guards
+_requests = threading.local()  # .stack: the requests under way on a thread, the innermost last
 
 
 @contextmanager
@@ -84,9 +83,11 @@ def _exclusive() -> Iterator[None]:
     with _mutex:
         nested, _busy = _busy, True
         try:
-            _reap()
+            if _dead:
+                _reap()
             yield
-            _reap()
+            if _dead:
+                _reap()
         finally:
             _busy = nested
 
@@ -97,7 +98,7 @@ def begin(
     runners: Iterable[Any] = (),
     details: Optional[dict[str, Any]] = None,
     missing: Iterable[str] = (),
-) -> Event:
+) -> Begun:
     """Something that changes weights begins.
 
     ``runners``: the model runners (or their models) concerned; none means all of this
@@ -106,83 +107,167 @@ def begin(
     """
     if effect not in EFFECTS:
         raise ValueError(f"unknown effect {effect!r}")
-    event = Event(Call(), kind, effect, dict(details or {}), list(missing), list(runners), [])
+    begun = Begun(Call(), kind, effect, details or {}, list(missing), list(runners), [])
     with _exclusive():
         if effect == "settle":
-            _building.add(event.call)
+            _building.add(begun.call)
         # What a constructor's runners are is known when it has returned.
         if effect not in ("settle", "build"):
-            _join(event, _participants(effect, event.named))
-    return event
+            _join(begun, _participants(effect, begun.named))
+    return begun
 
 
-def finish(event: Event, result: Any, error: Optional[BaseException]) -> None:
+def finish(begun: Begun, result: Any, error: Optional[BaseException]) -> None:
     """It has returned ``result``, or raised ``error``."""
     success, message = outcome(result, error)
     with _exclusive():
-        _building.discard(event.call)
-        if event.effect in ("settle", "build"):
+        _building.discard(begun.call)
+        if begun.effect in ("settle", "build"):
             if error is not None:
                 return
-            _join(event, _participants("load", event.named))
+            _join(begun, _participants("load", begun.named))
         done = []
-        for tracked in event.participants:
-            changed = _apply(tracked, event, success)
-            if tracked.leave(event.call, event.effect, event.opener, success, message, changed):
+        for tracked in begun.participants:
+            changed = _apply(tracked, begun, success)
+            named = not begun.named or any(_is_of(tracked, one) for one in begun.named)
+            if tracked.event is not None:
+                tracked.event.result(begun.effect, success, message, changed, named)
+            _note_session(tracked, begun, success)
+            if tracked.leave(begun.call):
                 done.append(tracked)
-        # All are looked at before any is published: each document speaks of its siblings too.
-        for tracked in done:
-            _guarded(tracked.look)
-        for tracked in done:
-            _guarded(tracked.tell)
+        _conclude(done)
 
 
-def _join(event: Event, participants: list[Tracked]) -> None:
-    for tracked in participants:
-        tracked.missing = event.missing
-        event.participants.append(tracked)
-        _guarded(tracked.enter, event.call, event.kind, event.effect)
+def _is_of(tracked: Tracked, named: Any) -> bool:
+    owner = tracked.runner()
+    return owner is named or (owner is not None and getattr(owner, "model", None) is named)
 
 
-def outcome(result: Any, error: Optional[BaseException]) -> tuple[bool, Optional[str]]:
-    """Success and message of a call.  SGLang's updates return ``(success, message)``.
+def _note_session(tracked: Tracked, begun: Begun, success: bool) -> None:
+    """A session stays open between its two calls; a draft that shares the target's embedding
+    takes part in both runners' sessions, and is done when both are."""
+    if begun.effect == "open" and success:
+        tracked.openers.add(begun.opener)
+        request = _request()
+        if request is not None:
+            request.opened.append((tracked, begun.opener))
+    elif begun.effect == "close":
+        tracked.openers.discard(begun.opener)
 
-    >>> outcome((False, "no such directory"), None)
-    (False, 'no such directory')
-    >>> outcome(None, None)
-    (True, None)
-    >>> outcome(None, ValueError("x"))
-    (False, 'ValueError: x')
+
+def _join(begun: Begun, participants: list[Tracked]) -> None:
+    """The runners take part in the call; those whose event it begins take the lock.
+
+    One deadline for all of them, however many slots a reader holds; and no wait at all for what
+    SGLang does in the middle of a forward.
     """
-    if error is not None:
-        return False, f"{type(error).__name__}: {_text(error)}"
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
-        return result[0], None if result[1] is None else _text(result[1])
-    return True, None
+    over = [one for one in participants if one.ends_stream_before(begun.kind, begun.effect)]
+    if over:
+        _publish(over)
+    patience = 0.0 if begun.effect == "relocate" else settings.load().lock_timeout
+    request = _request()
+    for tracked in participants:
+        tracked.missing = begun.missing
+        begun.participants.append(tracked)
+        begins = tracked.enter(begun.call, begun.kind, begun.effect)
+        if request is not None and tracked not in request.participants:
+            request.participants.append(tracked)
+            tracked.inside.add(request.call)
+        if begins:
+            started = time.monotonic()
+            _guarded(tracked.hold, patience)
+            patience = max(patience - (time.monotonic() - started), 0.0)
+            _guarded(publication.begin, tracked)
 
 
-def _text(value: object) -> str:
-    try:
-        return str(value)
-    except Exception:  # somebody's __str__ must not keep the lock
-        return "(it has no text)"
+def _conclude(done: list[Tracked]) -> None:
+    """The last calls of these runners' events have returned."""
+    if not done:
+        return
+    kept = [tracked for tracked in done if tracked.may_stay_open()]
+    if kept and settings.load().quiet_seconds > 0 and background.ensure(_RECORDER, True):
+        for tracked in kept:
+            first = tracked.event is not None and tracked.event.last_return == 0.0
+            tracked.keep_open()
+            if first or (tracked.event is not None and tracked.event.is_last):
+                background.wake()
+        done = [tracked for tracked in done if tracked not in kept]
+    _publish(done)
 
 
-def _apply(tracked: Tracked, event: Event, success: bool) -> bool:
+def _publish(done: list[Tracked], holds: Optional[dict[Tracked, Optional[bool]]] = None) -> None:
+    """All are looked at before any is published: each document speaks of the others, too."""
+    for tracked in done:
+        if tracked.event is not None:
+            tracked.broken = tracked.event.leaves_broken(tracked.broken)
+        _guarded(tracked.look, (holds or {}).get(tracked))
+    for tracked in done:
+        _guarded(publication.publish_event, tracked)
+        background.schedule(tracked)
+
+
+# --- the scheduler's calls around them ------------------------------------------------------
+
+
+def begin_request(details: dict[str, Any]) -> Request:
+    """One of the scheduler's methods begins, which may call some of those that write."""
+    request = Request(details)
+    if not hasattr(_requests, "stack"):
+        _requests.stack = []
+    _requests.stack.append(request)
+    return request
+
+
+def finish_request(request: Request, result: Any, error: Optional[BaseException]) -> None:
+    """It has answered ``result``, or raised ``error``."""
+    stack = getattr(_requests, "stack", [])
+    while stack and stack.pop() is not request:
+        pass
+    if not request.participants:
+        return
+    success, message = outcome(result, error)
+    with _exclusive():
+        if not success:
+            # SGLang has no session then, though some of its runners may have begun one.
+            for tracked, opener in request.opened:
+                tracked.openers.discard(opener)
+                if tracked.event is not None:
+                    tracked.event.write_failed = True
+        done = []
+        for tracked in request.participants:
+            event = tracked.event
+            if event is not None:
+                event.answer(success, message)
+                event.is_last = event.is_last or request.is_last
+                if request.is_sessionless and success and event.wrote_whole:
+                    tracked.openers.clear()
+            if tracked.leave(request.call):
+                done.append(tracked)
+        _conclude(done)
+
+
+def _request() -> Optional[Request]:
+    """The innermost request under way on this thread."""
+    stack = getattr(_requests, "stack", None)
+    return stack[-1] if stack else None
+
+
+# --- what effects mean ----------------------------------------------------------------------
+
+
+def _apply(tracked: Tracked, begun: Begun, success: bool) -> bool:
     """Note what the effect means for ``tracked``; whether its contents may have changed.
 
     A failed update may have written before it failed, so it counts as a change of contents.
     """
-    effect = event.effect
+    effect = begun.effect
     if effect in ("release", "resume"):
-        return _apply_memory(tracked, event, success)
+        return _apply_memory(tracked, begun, success)
     if effect in ("settle", "build"):
         tracked.settled = True
         return False
-    if effect == "open":
+    if effect in ("open", "adapt"):
         return False
-    # Only what writes weights can mend what a failed call left: a release in between does not.
-    tracked.broken = not success
     if effect in ("load", "commit"):
         return effect == "commit"
     tracked.updated = True
@@ -193,41 +278,43 @@ def _apply(tracked: Tracked, event: Event, success: bool) -> bool:
     return True
 
 
-def _apply_memory(tracked: Tracked, event: Event, success: bool) -> bool:
+def _apply_memory(tracked: Tracked, begun: Begun, success: bool) -> bool:
     """Note what the memory saver freed or backed anew; whether the weights' contents are other.
 
     Without a memory saver SGLang's release frees nothing, and nothing is claimed to be freed.
     """
-    if not event.details.get("physical"):
+    if not begun.details.get("physical"):
         return False
-    tags = [tag for tag in event.details.get("tags") or TAGS if tag in TAGS]
+    tags = [tag for tag in begun.details.get("tags") or TAGS if tag in TAGS]
     if not success:
         # How far a release came before it failed is not known: once resumed, its pages count
         # as other ones.
-        tracked.doubtful.update(tags if event.effect == "release" else ())
+        tracked.doubtful.update(tags if begun.effect == "release" else ())
         return False
     fresh = set()
     for tag in tags:
         gone = tracked.residency[tag] == RELEASED or tag in tracked.doubtful
-        if event.effect == "resume" and gone:
+        if begun.effect == "resume" and gone:
             fresh.add(tag)
         tracked.doubtful.discard(tag)
-        tracked.residency[tag] = RELEASED if event.effect == "release" else RESIDENT
+        tracked.residency[tag] = RELEASED if begun.effect == "release" else RESIDENT
     # Other pages behind the same addresses: what was registered with them is stale.
     tracked.physical_epoch += WEIGHTS in fresh
     tracked.kv_physical_epoch += KV_CACHE in fresh
     return WEIGHTS in fresh
 
 
+# --- whose weights --------------------------------------------------------------------------
+
+
 def _participants(effect: str, named: list[Any]) -> list[Tracked]:
     """The runners an event concerns: those named, and those that share storage with them."""
-    everyone = list(_tracked.values())
     if not named:
-        return everyone
+        return list(_tracked.values())
     participants = [tracked for tracked in map(_find_or_track, named) if tracked]
-    if effect == "load" or len(participants) >= len(everyone):
+    if effect == "load" or len(participants) >= len(_tracked):
         return participants
-    for other in everyone:
+    for other in _tracked.values():
         shares = any(other.shares_storage_with(one) for one in participants)
         if shares and other not in participants:
             participants.append(other)
@@ -258,6 +345,7 @@ def _track(runner: Any) -> Tracked:
     tracked = Tracked(runner, slot, next(_load_order), _siblings)
     _tracked[id(runner)] = tracked
     weakref.finalize(runner, _forget, id(runner), tracked).atexit = False
+    background.ensure(_RECORDER)
     return tracked
 
 
@@ -298,16 +386,13 @@ def _forget(key: int, tracked: Tracked) -> None:
 
 
 def _reap() -> None:
-    """Withdraw the slots of runners that are gone: their addresses belong to nobody now."""
+    """Take away the documents of runners that are gone: their addresses are stale."""
     while _dead:
         key, tracked = _dead.popleft()
         if _tracked.get(key) is not tracked:
             continue  # a forked child's copy: the slot is the parent's
         del _tracked[key]
-        for name in files.DOCUMENTS:
-            tracked.remove(name)
-        tracked.slot.abandon()
-        metrics.forget(tracked.slot.name, tracked.role)
+        _guarded(publication.withdraw, tracked)
 
 
 def _guarded(call: Any, *arguments: Any) -> None:
@@ -316,6 +401,89 @@ def _guarded(call: Any, *arguments: Any) -> None:
     except Exception as error:
         name = getattr(call, "__name__", "?")
         once.warn(f"recorder {name}", "%s failed, SGLang goes on: %r", name, error)
+
+
+# --- for the background thread --------------------------------------------------------------
+
+
+class _Recorder:
+    """What the background thread may ask for."""
+
+    @staticmethod
+    def runners() -> list[Tracked]:
+        return list(_tracked.values())
+
+    @staticmethod
+    def end_streams(now: float, everything: bool = False) -> Optional[float]:
+        """Publish the streams that are over; seconds until the next one is, or None.
+
+        ``now``: time.monotonic().  ``everything``: also those whose last bucket has just come.
+        """
+        quiet = settings.load().quiet_seconds
+        due, waits = [], []
+        for tracked in _Recorder.runners():
+            event = tracked.event
+            if event is None or not tracked.stream_open:
+                continue
+            left = 0.0 if event.is_last or everything else event.last_return + quiet - now
+            if left > 0.0:
+                waits.append(left)
+            else:
+                due.append(tracked)
+        if due:
+            # Looked at before the mutex is taken, which a further bucket would wait for.
+            versions = {tracked: tracked.version for tracked in due}
+            holds = {tracked: tracked.stream_holds() for tracked in due}
+            with _exclusive():
+                over = [
+                    tracked
+                    for tracked in due
+                    if tracked.stream_open and tracked.version == versions[tracked]
+                ]
+                with cuda_driver.using_context(over[0].cuda_context if over else None):
+                    _publish(over, holds)
+            if len(over) < len(due):
+                waits.append(quiet)  # a further bucket came meanwhile
+        return min(waits, default=None)
+
+    @staticmethod
+    def check(tracked: Tracked, thoroughly: bool) -> Optional[bool]:
+        """Whether map and memory are equal; what is not is published.  None: can't be told now."""
+        holds = tracked.still_holds(thoroughly)
+        if holds is None:
+            return None
+        if not _mutex.acquire(blocking=False):
+            return holds  # an event is beginning or ending, which looks for itself
+        try:
+            with _exclusive():
+                if tracked not in _tracked.values():
+                    return None
+                if holds:
+                    if tracked.event is None:
+                        publication.checked(tracked, time.time())
+                    return True
+                with cuda_driver.using_context(tracked.cuda_context):
+                    if tracked.find_unannounced():
+                        _say_unannounced(tracked)
+                        tracked.slot.lock(0.0)
+                        publication.publish_event(tracked)
+                return False
+        finally:
+            _mutex.release()
+
+
+_RECORDER = _Recorder()
+
+
+def _say_unannounced(tracked: Tracked) -> None:
+    names = ", ".join(tracked.changes.names)
+    once.warn(
+        "unannounced " + tracked.slot.name,
+        "weights of slot %s have moved without a call that is known to move them (%s); "
+        "the new map is published",
+        tracked.slot.name,
+        names,
+    )
 
 
 # --- forked children ----------------------------------------------------------------------
@@ -327,13 +495,15 @@ def _after_fork_in_child() -> None:
     The locks belong to open files that the child shares: closing them here leaves them to the
     parent alone, so that its death, not the child's, frees its slots.
     """
-    global _mutex, _busy
+    global _mutex, _busy, _requests
     _mutex = threading.RLock()
+    _requests = threading.local()
     _building.clear()
     _busy = False
     _dead.clear()
+    background.abandon()
     for tracked in _tracked.values():
-        tracked.slot.abandon()
+        publication.let_go(tracked)
     _tracked.clear()
 
 

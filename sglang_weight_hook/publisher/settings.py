@@ -10,14 +10,16 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple, Optional
 
+from ..layout import variables
 from ..layout.location import DIRECTORY, directory_from
-from ..layout.variables import CHECKSUM, DEFAULT_LOCK_TIMEOUT, LOCK_TIMEOUT, seconds_from
 
 
 class Settings(NamedTuple):
     directory: str  # absolute
     lock_timeout: float  # seconds; how long an update waits for readers, at most
     checksum: bool = False  # whether every tensor's bytes are summed after each event
+    check_seconds: float = variables.DEFAULT_CHECK_SECONDS  # between two checks; 0: none
+    quiet_seconds: float = variables.DEFAULT_QUIET_MS / 1000  # that end a stream; 0: at once
 
 
 _base: Optional[str] = None  # the working directory when the settings were first asked for
@@ -38,8 +40,14 @@ def load() -> Settings:
 
 def parse(environment: Mapping[str, str], base: str) -> Settings:
     """Settings from ``environment``, relative paths under ``base``."""
+
+    def duration(name: str, default: float) -> float:
+        return variables.duration_from(environment.get(name), default)
+
     return Settings(
         directory=directory_from(environment.get(DIRECTORY), base),
-        lock_timeout=seconds_from(environment.get(LOCK_TIMEOUT), DEFAULT_LOCK_TIMEOUT),
-        checksum=environment.get(CHECKSUM) == "1",
+        lock_timeout=duration(variables.LOCK_TIMEOUT, variables.DEFAULT_LOCK_TIMEOUT),
+        checksum=environment.get(variables.CHECKSUM) == "1",
+        check_seconds=duration(variables.CHECK_SECONDS, variables.DEFAULT_CHECK_SECONDS),
+        quiet_seconds=duration(variables.QUIET_MS, variables.DEFAULT_QUIET_MS) / 1000,
     )

@@ -1,13 +1,16 @@
-"""One model runner: its slot, its state, and what was published about it last.
+"""One model runner: its slot, its state, its event under way, and what was captured last.
 
-The recorder drives it: `enter` and `leave` around each of SGLang's calls, then, when the last
-call has left, `look` (capture and compare) and `tell` (publish).  All of it under the
-recorder's mutex.  What fails in here is turned into a problem that the state file names; the
-old addresses are never left standing as current.
+The recorder drives it under its mutex: `enter` and `leave` around each of SGLang's calls, then,
+when the last call has left, `look` (capture and compare) and `publication.publish`.  What fails in
+here is turned into a problem that the state file names; the old addresses are never left standing
+as current.
+
+`still_holds` alone is called without the mutex, by the thread that checks.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -26,20 +29,13 @@ from ..layout.states import (
     WEIGHTS,
 )
 from . import capture as capturing
-from . import checksum, document, identity, legacy, memory, metrics, once, publish, settings
+from . import cuda_driver, document, identity, once, publish, settings
 from .capture import Capture
+from .document import Changes
+from .events import STREAMING, UNANNOUNCED, Call, Event
+from .header import HeaderFile
 
-_NO_CHANGES = {"moved": 0, "added": 0, "removed": 0}
-
-
-class Call:
-    """One call of SGLang's, for as long as it is under way.
-
-    Held weakly: a call whose end is never told (an exception out of a signal handler, in one of
-    our own lines) is over when nothing refers to it any more.
-    """
-
-    __slots__ = ("__weakref__",)
+NO_CHANGES = Changes(0, 0, 0, ())
 
 
 class Tracked:
@@ -59,6 +55,9 @@ class Tracked:
         self.gpu_id = identity.gpu_id(runner)
         self.role = "draft" if identity.is_draft(runner) else "target"
         self.process = process.identity()
+        # A runner made again in this process starts with new generations; this tells them apart.
+        self.instance = os.urandom(8).hex()
+        self.header: Optional[HeaderFile] = None
         self.missing: list[str] = []
 
         self.state = LOADING
@@ -72,198 +71,258 @@ class Tracked:
         self.updated = False  # whether its weights were changed since they were loaded
         self.told_updated = False  # whether the published files say so
         self.summary: Optional[dict[str, Any]] = None  # of the last update
-        self.broken = False  # the last call that wrote weights failed, perhaps half way
+        self.broken = False  # a call that writes weights failed, perhaps half way
         self.problem: Optional[str] = None
 
         self.captured: Optional[Capture] = None
         self.storages = document.Storages({}, {}, {})
+        self.cuda_context: Optional[int] = None  # in which it was captured last
+        self.layout_digest = ""  # of the published layout file
+        self.checked_at: Optional[float] = None  # when map and memory were last found equal
 
-        # The event under way: the calls inside it, and what they amount to.
+        self.event: Optional[Event] = None  # the one under way
         self.inside: weakref.WeakSet[Call] = weakref.WeakSet()
-        self.under_way = False
-        self.unseen = False  # an event has ended untold, and nothing was captured since
         self.openers: set[int] = set()  # ids of the runners whose sessions are open
-        self.kind = ""
-        self.effects: set[str] = set()
-        self.started_at = 0.0
-        self.calls = 0
-        self.nested: dict[str, int] = {}
-        self.success = True
-        self.message: Optional[str] = None
-        self.changed_content = False
-        # Between look and tell: what there is to publish.
-        self.withdrawn: Optional[str] = None
+        self.stream_open = False  # between the buckets of a stream
+        self.waits_for_lock = False  # the event has not begun to change anything
+        self.unseen = False  # an event has ended untold, and nothing was captured since
+        # Rises with everything that happens here, so that who looks without the mutex knows
+        # whether anything has happened meanwhile.
+        self.version = 0
+        # Between look and publish: what there is to publish.
+        self.invalidated: Optional[str] = None
         self.state_only = False
-        self.changes: dict[str, int] = _NO_CHANGES
+        self.changes = NO_CHANGES
         self.capture_seconds = 0.0
+        # The background thread's schedule, in time.monotonic().
+        self.check_step = 0  # how many checks there were since the last event
+        self.event_ended_at = 0.0
+        self.looked_at = 0.0
+        self.thorough_at = 0.0
 
     # -- around SGLang's calls
 
-    def enter(self, call: Call, kind: str, effect: str) -> None:
-        """A call begins; the outermost takes the lock and says so in the state file."""
-        is_nested = bool(self.inside or self.openers)
+    def enter(self, call: Call, kind: str, effect: str) -> bool:
+        """A call begins; whether it begins an event, so that `hold` is next."""
+        self.version += 1
+        event = self.event
+        if event is not None and (self.inside or self.openers or self.stream_open):
+            self.inside.add(call)
+            event.add(kind, effect)
+            self.stream_open = False
+            return False
         self.inside.add(call)
-        if is_nested:
-            self.calls += 1
-            self.effects.add(effect)
-            self.nested[kind] = self.nested.get(kind, 0) + 1
-            return
-        self.kind, self.effects, self.calls, self.nested = kind, {effect}, 1, {}
-        self.started_at = time.time()
         # Whoever never told the end of the last event may have written before.
-        self.unseen = self.unseen or self.under_way
-        self.success, self.message, self.changed_content = True, None, self.under_way
-        self.updated = self.updated or (self.under_way and self.settled)
-        self.under_way = True
-        self.slot.lock()
+        lost = event is not None
+        self.unseen = self.unseen or lost
+        self.updated = self.updated or (lost and self.settled)
+        self.event = Event(kind, effect)
+        self.event.changed_content = lost
+        return True
+
+    def hold(self, patience: float) -> None:
+        """Take the lock, waiting ``patience`` seconds at most, and say that weights change."""
+        self.waits_for_lock = True
+        try:
+            self.slot.lock(patience)
+        finally:
+            self.version += 1
+            self.waits_for_lock = False
         self.state = UPDATING if self.settled else LOADING
-        self._write_state(self._event(success=None, finished_at=None, changes={}))
 
-    def leave(
-        self,
-        call: Call,
-        effect: str,
-        opener: int,
-        success: bool,
-        message: Optional[str],
-        changed: bool,
-    ) -> bool:
-        """A call ends; whether that was the last one of the event.
+    def ends_stream_before(self, kind: str, effect: str) -> bool:
+        """Whether the open stream is over before a call of this kind begins."""
+        return self.stream_open and not (
+            self.event is not None and self.event.continues(kind, effect)
+        )
 
-        ``opener``: the id of the runner whose session an ``open`` or ``close`` concerns.
-        """
-        self.success = self.success and success
-        self.message = message if not success or self.message is None else self.message
-        self.changed_content = self.changed_content or changed
+    def leave(self, call: Call) -> bool:
+        """A call ends; whether that was the last one of the event."""
+        self.version += 1
         self.inside.discard(call)
-        # A session stays open between its two calls; a draft that shares the target's
-        # embedding takes part in both runners' sessions, and is done when both are.
-        if effect == "open" and success:
-            self.openers.add(opener)
-        elif effect == "close":
-            self.openers.discard(opener)
-        return not self.inside and not self.openers
+        return self.event is not None and not self.inside and not self.openers
+
+    def may_stay_open(self) -> bool:
+        """Whether the event that has just ended is a stream that further buckets may continue."""
+        event = self.event
+        return (
+            event is not None
+            and event.is_stream
+            and self.settled
+            and self.captured is not None
+            and self.problem is None
+            and not self.unseen
+        )
+
+    def keep_open(self) -> None:
+        """Wait for further buckets: nothing is looked at and nothing is written."""
+        assert self.event is not None
+        self.event.last_return = time.monotonic()
+        self.stream_open = True
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether weights may be changing now."""
+        return self.event is not None and not self.waits_for_lock
 
     # -- when the last call has left
 
-    def look(self) -> None:
-        """Capture the runner and compare; `tell` publishes what came of it."""
-        self.withdrawn, self.state_only, self.changes = None, False, _NO_CHANGES
+    def look(self, stands: Optional[bool] = None) -> None:
+        """Capture the runner and compare; `publication.publish` tells what came of it.
+
+        ``stands``: the answer of `still_holds`, where it was asked already.
+        """
+        self.invalidated, self.state_only, self.changes = None, False, NO_CHANGES
         runner = self.runner()
-        if runner is None:
+        if runner is None or self.event is None:
             return
         started = time.perf_counter()
+        self.cuda_context = cuda_driver.current_context() or self.cuda_context
         try:
-            self._look(runner)
+            self._look(runner, self.event, stands)
         finally:
             self.capture_seconds = time.perf_counter() - started
 
-    def _look(self, runner: Any) -> None:
+    def _look(self, runner: Any, event: Event, stands: Optional[bool]) -> None:
         try:
-            if self._documents_stand(runner):
-                self.content_generation += self.changed_content
+            if self._documents_stand(runner, event, stands):
+                self.content_generation += event.changed_content
                 self.state_only = True
-                self.state = self._state_after()
+                self.state = self._state_after(event)
+                self.checked_at = time.time()
                 return
             # While it loads, the map is one of the moment: no bucket is compared with it.
             captured = capturing.known_allocations(
                 self.captured, capturing.capture(runner, footprint=self.settled)
             )
         except Exception as error:
-            self._lose(f"capture failed: {type(error).__name__}: {error}")
+            self.lose(f"capture failed: {type(error).__name__}: {error}")
             return
-        self.changes = document.changes(self.captured, captured)
-        if not document.same_layout(self.captured, captured):
-            self.layout_generation += 1
-        if self.changed_content or self.content_generation == 0:
-            self.content_generation += 1
-        self.captured = captured
-        self.storages = document.storages_of(captured)
-        self.state = self._state_after()
+        self._adopt(captured, event.changed_content)
+        self.state = self._state_after(event)
         self.problem = None
         self.unseen = False
 
-    def tell(self) -> None:
-        """Publish what `look` found, and let go of the lock."""
-        try:
-            runner = self.runner()
-            if runner is not None:  # else collected meanwhile, and its slot reaped
-                self._publish(runner)
-        finally:
-            self.under_way = False
-            self.slot.unlock()
+    def _adopt(self, captured: Capture, changed_content: bool) -> None:
+        self.changes = document.changes(self.captured, captured)
+        if not document.same_layout(self.captured, captured):
+            self.layout_generation += 1
+        if changed_content or self.content_generation == 0:
+            self.content_generation += 1
+        self.captured = captured
+        self.storages = document.storages_of(captured)
+        self.checked_at = time.time()
 
-    def _publish(self, runner: Any) -> None:
-        event = self._event(self.success, time.time(), self.changes)
-        if self.withdrawn is None and not self.state_only:
-            try:
-                contents = self._documents(runner, event)
-            except Exception as error:
-                self._lose(f"no document could be made: {type(error).__name__}: {error}")
-            else:
-                self._write_documents(contents)
-                self.told_updated = self.updated
-        if self.withdrawn is not None:
-            self._write_documents(self._empty_documents(event))
-            self.remove(files.SUMMARY)
-        elif self.state_only and "close" in self.effects and self.summary is not None:
-            self.summary = legacy.renewed_summary(self.summary, time.time())
-            self._write_documents({files.SUMMARY: self.summary})
-        self._write_state(event)
-        self._measure(runner, event)
-        if self.starting and self.problem is None and self.captured is not None:
-            once.info(
-                f"published {self.slot.name} {self.kind}",
-                "%s: %d tensors of slot %s are in %s",
-                self.kind,
-                len(self.captured.tensors),
-                self.slot.name,
-                self.slot.path(files.LAYOUT),
-            )
-
-    def _measure(self, runner: Any, event: dict[str, Any]) -> None:
-        """SGLang's own /metrics, where it serves one."""
-        metrics.update(
-            runner,
-            self.slot.name,
-            self.role,
-            state=self.state,
-            layout_generation=self.layout_generation,
-            content_generation=self.content_generation,
-            physical_epoch=self.physical_epoch,
-            success=self.success,
-            started_at=self.started_at,
-            finished_at=event["finished_at"],
-            weights_bytes=sum(self.storages.weights.values()) if self.captured else None,
-            capture_seconds=self.capture_seconds,
-            lock_status=self.slot.lock_status,
-        )
-
-    def _lose(self, problem: str) -> None:
+    def lose(self, problem: str) -> None:
         """We no longer know where the weights are: publish that, not the old addresses."""
-        once.warn("withdraw " + self.slot.name, "%s; its map is withdrawn", problem)
-        self.problem = self.withdrawn = problem
+        once.warn("invalidate " + self.slot.name, "%s; its map is invalidated", problem)
+        self.problem = self.invalidated = problem
         self.captured = None
         self.storages = document.Storages({}, {}, {})
         self.layout_generation += 1
         self.content_generation += 1
+        self.checked_at = None
         self.state = FAILED
 
-    # -- what is so
+    def _documents_stand(self, runner: Any, event: Event, stands: Optional[bool]) -> bool:
+        """Whether buckets came in and left every tensor where the published documents say.
 
-    @property
-    def starting(self) -> bool:
-        """Whether the event belongs to the start, not to an update of a running engine."""
-        return bool(self.effects & {"load", "build", "commit", "settle"})
+        At the end of a session the legacy files must say that there was an update, and
+        checksums are of the new values; and SGLang may have made tensors that no bucket had.
+        """
+        if event.effects - STREAMING - {"open", "close"} or self.problem or self.unseen:
+            return False
+        closes = "close" in event.effects
+        if closes and (self.told_updated != self.updated or settings.load().checksum):
+            return False
+        if not self.slot.has(files.LAYOUT):
+            return False
+        if stands is None:
+            stands = not capturing.moved(self.captured, runner)
+        return stands and (not closes or capturing.nothing_new(self.captured, runner))
+
+    def _state_after(self, event: Event) -> str:
+        # What faults when touched comes first, then what may be half written.
+        if self.residency[WEIGHTS] == RELEASED:
+            return RELEASED
+        if not event.success or self.broken:
+            return FAILED
+        return READY if self.settled else LOADING
+
+    # -- checking the map against memory
+
+    def still_holds(self, thoroughly: bool) -> Optional[bool]:
+        """Whether every tensor is where the map says; None where it can't be told now.
+
+        Takes no lock and asks the device nothing.  ``thoroughly``: whether the model holds no
+        tensor that the map lacks, too.
+        """
+        version, runner, captured = self.version, self.runner(), self.captured
+        if runner is None or captured is None or self.is_busy:
+            return None
+        try:
+            holds = not capturing.moved(captured, runner)
+            if holds and thoroughly:
+                holds = capturing.nothing_new(captured, runner, pause=_let_others_run)
+            if not holds:
+                # Also where the quick look has no answer: a module made again, a tensor that
+                # wraps others.
+                with cuda_driver.using_context(self.cuda_context):
+                    found = capturing.known_allocations(captured, capturing.capture(runner))
+                holds = document.same_layout(captured, found)
+        except Exception:
+            # The model was changing while we looked.
+            return None
+        return holds if self.version == version and captured is self.captured else None
+
+    def find_unannounced(self) -> bool:
+        """Capture what has moved without a call; whether there is something to publish.
+
+        Under the mutex, with no event under way.
+        """
+        runner = self.runner()
+        if runner is None or self.captured is None or self.event is not None:
+            return False
+        before, started = self.captured, time.perf_counter()
+        with cuda_driver.using_context(self.cuda_context):
+            captured = capturing.known_allocations(before, capturing.capture(runner))
+        if document.same_layout(before, captured):
+            self.captured = captured  # with a footprint that the next look can use
+            return False
+        self.event = Event(UNANNOUNCED, UNANNOUNCED)
+        self.event.calls = 0
+        self.invalidated, self.state_only = None, False
+        self._adopt(captured, changed_content=True)
+        self.event.names = self.changes.names
+        self.capture_seconds = time.perf_counter() - started
+        self.version += 1
+        return True
+
+    def stream_holds(self) -> Optional[bool]:
+        """Whether the buckets of the open stream have left every tensor where it was.
+
+        Without the mutex: the caller compares `version` before and after.
+        """
+        runner, captured = self.runner(), self.captured
+        if runner is None or captured is None:
+            return None
+        try:
+            return not capturing.moved(captured, runner)
+        except Exception:
+            return None
+
+    # -- what is published
 
     def standing(self) -> document.Standing:
         return document.Standing(
+            self.instance,
             self.state,
             self.layout_generation,
             self.content_generation,
             self.physical_epoch,
             self.kv_physical_epoch,
             self.residency,
+            self.checked_at,
         )
 
     def shares_storage_with(self, other: Tracked) -> bool:
@@ -272,190 +331,13 @@ class Tracked:
             theirs.weights.keys() | theirs.lora.keys()
         )
 
-    def _documents_stand(self, runner: Any) -> bool:
-        """Whether buckets came in and left every tensor where the published documents say.
-
-        At the end of a session the prototype's files must say that there was an update, and
-        checksums are of the new values; and SGLang may have made tensors that no bucket had.
-        """
-        if self.effects - {"open", "stream", "close"} or self.problem is not None or self.unseen:
-            return False
-        closes = "close" in self.effects
-        if closes and (self.told_updated != self.updated or settings.load().checksum):
-            return False
-        if not self.slot.has(files.LAYOUT) or capturing.moved(self.captured, runner):
-            return False
-        return not closes or capturing.nothing_new(self.captured, runner)
-
-    def _state_after(self) -> str:
-        # What faults when touched comes first, then what may be half written.
-        if self.residency[WEIGHTS] == RELEASED:
-            return RELEASED
-        if not self.success or self.broken:
-            return FAILED
-        return READY if self.settled else LOADING
-
-    def _event(
-        self, success: Optional[bool], finished_at: Optional[float], changes: dict[str, int]
-    ) -> dict[str, Any]:
-        message = self.message if success is not None else None
-        return document.event(
-            self.kind,
-            success,
-            message,
-            self.started_at,
-            finished_at,
-            changes,
-            self.calls,
-            self.nested,
-            None if success is None else round(self.capture_seconds, 6),
-        )
-
-    # -- the documents
-
-    def _documents(self, runner: Any, event: dict[str, Any]) -> dict[str, Any]:
-        """Everything to publish after a full capture but the state, by file name."""
-        captured = self.captured
-        assert captured is not None
-        now = time.time()
-        regions = document.regions_of(captured)
-        meta = legacy.weights_meta(captured, self.updated)
-        sums = legacy.total_weight_meta(meta)
-        figures, allocator = self._memory(captured)
-        # Once: to count them takes torch half as long as all of this.
-        once_built = self.starting and self.settled
-        named = _or_else(None, capturing.parameter_count, runner) if once_built else None
-        layout = document.layout(
-            captured,
-            regions,
-            self.standing(),
-            _or_else({**self.process}, identity.identity, runner),
-            event,
-            figures,
-            document.validation(captured, named, allocator),
-            _or_else(None, self._checksums, runner, captured),
-            now,
-        )
-        contents = {
-            files.LAYOUT: layout,
-            files.WEIGHTS_META: meta,
-            files.TOTAL_META: sums,
-            files.MERGED: legacy.merged_weights(captured, regions),
-        }
-        if not self.starting:
-            self.summary = legacy.update_summary(meta, sums, self.gpu_id, now)
-            contents[files.SUMMARY] = self.summary
-        return contents
-
-    def _empty_documents(self, event: dict[str, Any]) -> dict[str, Any]:
-        empty = document.withdrawn(
-            self.standing(), self.process, self.withdrawn or "", event, time.time()
-        )
-        return {
-            files.LAYOUT: empty,
-            files.WEIGHTS_META: {},
-            files.TOTAL_META: {},
-            files.MERGED: [],
-        }
-
-    def _memory(self, captured: Capture) -> tuple[dict[str, Any], Optional[dict[str, int]]]:
-        """The ``memory`` figures, and the allocator's part of ``validation``."""
-        found = _or_else(None, memory.device, captured.device_type)
-        mine = self.storages.all()
-        siblings = self.siblings(self)
-        theirs = {
-            start: size
-            for sibling in siblings
-            for start, size in sibling.storages.all().items()
-            if start not in mine
-        }
-        figures = memory.account(found, *self.storages, theirs, self._released_bytes())
-        figures.update(self._shared(siblings))
-        return figures, memory.reconcile(found, {**theirs, **mine})
-
-    def _released_bytes(self) -> int:
+    def released_bytes(self) -> int:
         """Bytes of this slot's storages that have no pages now."""
         by_tag = {WEIGHTS: self.storages.weights, KV_CACHE: self.storages.kv_cache}
         gone = [kind for tag, kind in by_tag.items() if self.residency[tag] == RELEASED]
         return sum(size for kind in gone for size in kind.values())
 
-    def _shared(self, siblings: list[Tracked]) -> dict[str, Any]:
-        """What slots of this process have in common, so that a sum counts it once.
 
-        ``shared_bytes`` and ``shared_kv_cache_bytes``: of this slot's, those that a slot loaded
-        earlier has too.
-        """
-        earlier = [one for one in siblings if one.load_order < self.load_order]
-        weights = {**self.storages.lora, **self.storages.weights}
-        known = {start for one in earlier for start in one.storages.all()}
-        return {
-            "shared_with": [one.slot.name for one in siblings if self.shares_storage_with(one)],
-            "shared_bytes": sum(size for start, size in weights.items() if start in known),
-            "shared_kv_cache_bytes": sum(
-                size for start, size in self.storages.kv_cache.items() if start in known
-            ),
-        }
-
-    def _checksums(self, runner: Any, captured: Capture) -> Optional[dict[str, Any]]:
-        """Checksums where they are asked for and the memory may be touched."""
-        if not settings.load().checksum or self.residency[WEIGHTS] == RELEASED:
-            return None
-        started = time.perf_counter()
-        by_name = checksum.checksums(capturing.live_tensors(runner, captured))
-        return {
-            "algorithm": checksum.ALGORITHM,
-            "content_generation": self.content_generation,
-            "seconds": round(time.perf_counter() - started, 6),
-            "by_name": by_name,
-        }
-
-    # -- files
-
-    def _write_documents(self, contents: dict[str, Any]) -> None:
-        """Write each; one that can't be written is taken away, for it would be out of date."""
-        for name, content in contents.items():
-            try:
-                self.slot.write(name, content)
-            except Exception as error:
-                self.problem = f"{name.format(self.slot.name)}: {error}"
-                once.warn(
-                    "write " + self.slot.name,
-                    "cannot publish in %s, SGLang goes on without it: %s",
-                    self.slot.directory,
-                    error,
-                )
-                self.remove(name)
-
-    def remove(self, name: str) -> None:
-        try:
-            self.slot.remove(name)
-        except OSError as error:
-            once.warn("remove " + self.slot.name, "an outdated file stays: %s", error)
-
-    def _write_state(self, event: dict[str, Any]) -> None:
-        try:
-            state = document.state(
-                self.standing(),
-                event,
-                self.process,
-                self.slot.name,
-                self.slot.lock_status,
-                self.missing,
-                self.problem,
-                time.time(),
-            )
-            self.slot.write(files.STATE, state)
-        except Exception as error:
-            once.warn("write " + self.slot.name, "cannot publish the state: %s", error)
-            # No state is honest; the one from before the event would not be.
-            self.remove(files.STATE)
-
-
-def _or_else(default: Any, ask: Any, *arguments: Any) -> Any:
-    """An answer that the map can do without: ``default`` where asking fails."""
-    try:
-        return ask(*arguments)
-    except Exception as error:
-        what = getattr(ask, "__name__", "?")
-        once.warn(f"ask {what}", "%s could not be told: %s", what, type(error).__name__)
-        return default
+def _let_others_run() -> None:
+    """Let SGLang's threads have the interpreter, between two pieces of a long look."""
+    time.sleep(0)

@@ -5,11 +5,17 @@ No tensor is asked for anything here but its type.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from ..layout.documents import ATTRIBUTE, BUFFER, PARAMETER
+
+# Modules walked between two pauses: some 2 µs each.
+_BETWEEN_PAUSES = 250
+
+# SGLang's package of --enable-paged-experts (since 0.5.23).
+_PAGED_EXPERTS = "sglang.srt.layers.moe.paged_experts"
 
 # What torch.nn.Module keeps in every instance's __dict__ (torch/nn/modules/module.py): its
 # own bookkeeping, not the model's attributes.
@@ -47,9 +53,10 @@ class Walk(NamedTuple):
     tensors: dict[str, list[tuple[str, Any]]]  # by kind
     # id of a module's __dict__ -> its attributes that hold tensors.
     attributes: dict[int, Keys]
+    paged: set[str]  # names of parameters that are caches of experts kept on the host
 
 
-def walk_model(model: Any) -> Walk:
+def walk_model(model: Any, pause: Optional[Callable[[], None]] = None) -> Walk:
     """Our own walk, since ``named_parameters`` drops tied names, and with
     ``remove_duplicate=False`` would never end on a module that contains itself.
     """
@@ -72,10 +79,17 @@ def walk_model(model: Any) -> Walk:
     # (prefix, module, ids of the modules above it); the children are pushed in reverse, so
     # that modules come off in the order in which named_modules() gives them.
     stack: list[tuple[str, Any, frozenset[int]]] = [("", model, frozenset())]
+    paged: set[str] = set()
+    visited = 0
     while stack:
         prefix, module, above = stack.pop()
         if id(module) in above:
             continue
+        visited += 1
+        if pause is not None and not visited % _BETWEEN_PAUSES:
+            pause()
+        if type(module).__module__.startswith(_PAGED_EXPERTS):
+            paged.update(_paged_names(prefix, module))
         state = module.__dict__
         group = state.get("_parameters")
         if group:
@@ -127,7 +141,15 @@ def walk_model(model: Any) -> Walk:
             for name, child in reversed(list(children.items())):
                 if child is not None:
                     stack.append((prefix + name + ".", child, below))
-    return Walk(found, keys_of)
+    return Walk(found, keys_of, paged)
+
+
+def _paged_names(prefix: str, method: Any) -> list[str]:
+    """The caches that a paged experts' method refills: parameters of the module that holds it."""
+    owner = prefix.rstrip(".").rpartition(".")[0]
+    host = getattr(getattr(method, "store", None), "host", None)
+    names = list(host) if isinstance(host, dict) else []
+    return [f"{owner}.{name}" if owner else name for name in names]
 
 
 def _keys_inside(value: Any, tensor_type: type) -> list[Any]:

@@ -25,11 +25,12 @@ from published_files import a_model  # noqa: E402
 
 import sglang_weight_hook_patch_core as core  # noqa: E402
 from sglang_weight_hook.publisher import capture as capture_module  # noqa: E402
-from sglang_weight_hook.publisher import cuda_driver, once, recorder, settings  # noqa: E402
+from sglang_weight_hook.publisher import background, cuda_driver, once, recorder, settings  # noqa: E402
 
 
 def forget_everything() -> None:
     """Put the hook's state for this process back to that of a fresh process."""
+    background.stop()
     recorder._after_fork_in_child()
     once._said.clear()
     core._wrapped.clear()
@@ -50,6 +51,9 @@ def clean_hook(monkeypatch: pytest.MonkeyPatch, maps: Path) -> Iterator[None]:
         if name.startswith("SGLANG_WEIGHT_HOOK"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SGLANG_WEIGHT_HOOK_DIR", str(maps))
+    # Without the thread, unless a test is about it: every bucket ends its own stream.
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_CHECK_SECONDS", "0")
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_QUIET_MS", "0")
     meta_path, modules = list(sys.meta_path), set(sys.modules)
     forget_everything()
     yield

@@ -14,6 +14,12 @@ class ModelRunner:
         return "loaded"
     def finalize_startup_weight_load(self):
         return "final"
+    def load_lora_adapter(self, lora_ref):
+        pass
+    def load_lora_adapter_from_tensors(self, lora_ref, tensors, config_dict):
+        pass
+    def unload_lora_adapter(self, lora_ref):
+        pass
 
 if __name__ == "__main__":
     import inspect, sys

@@ -99,6 +99,14 @@ FORMS: dict[tuple[str, str], list[tuple[str, list[Call]]]] = {
         ("(self, weight_name_filter=None)", [Call((), {}), Call((len,), {})])
     ],
     ("WeightChecker", "_reset_tensors"): [NOTHING],
+    ("ModelRunner", "load_lora_adapter"): [("(self, lora_ref)", [Call(("ref",), {})])],
+    ("ModelRunner", "load_lora_adapter_from_tensors"): [
+        (
+            "(self, lora_ref, tensors, config_dict, added_tokens_config=None)",
+            [Call(("ref", {}, {}), {})],
+        )
+    ],
+    ("ModelRunner", "unload_lora_adapter"): [("(self, lora_ref)", [Call(("ref",), {})])],
     ("Scheduler", "release_memory_occupation"): [REQUEST],
     ("SchedulerUpdateWeightsMixin", "release_memory_occupation"): [REQUEST],
     ("SchedulerWeightUpdaterManager", "release_memory_occupation"): [REQUEST],

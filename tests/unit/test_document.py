@@ -221,13 +221,13 @@ def test_the_kinds_and_the_aliases_are_in_the_layout(runner: FakeRunner, maps: P
 
 def test_changes_count_moved_added_and_removed_names(runner: FakeRunner) -> None:
     before = capture_module.capture(runner)
-    assert document.changes(None, before) == {"moved": 0, "added": 7, "removed": 0}
-    assert document.changes(before, before) == {"moved": 0, "added": 0, "removed": 0}
+    assert document.changes(None, before) == (0, 7, 0, ())
+    assert document.changes(before, before) == (0, 0, 0, ())
     runner.model.w_kc = runner.model.w_kc.t()
     runner.model.late = torch.zeros(1)
     runner.model.norm.bias = None
     after = capture_module.capture(runner)
-    assert document.changes(before, after) == {"moved": 1, "added": 1, "removed": 1}
+    assert document.changes(before, after) == (1, 1, 1, ("w_kc", "late", "norm.bias"))
 
 
 def test_a_new_alias_is_a_new_layout(runner: FakeRunner) -> None:
@@ -256,20 +256,22 @@ def state(message: str, problem: str, missing: list[str], slot: str) -> dict[str
         message,
         time.time(),
         time.time(),
-        {"moved": 10**6, "added": 10**6, "removed": 10**6},
+        document.Changes(10**6, 10**6, 10**6, ()),
         10**9,
         {"update_weights_from_distributed": 10**9, "update_weights_from_tensor": 10**9},
         10**3 + 0.123456,
+        False,
     )
     residency = dict.fromkeys(("weights", "kv_cache", "cuda_graph"), "resident")
     return document.state(
-        document.Standing("updating", 10**9, 10**9, 10**9, 10**9, residency),
+        document.Standing("ab" * 8, "updating", 10**9, 10**9, 10**9, 10**9, residency, time.time()),
         event,
         PROCESS,
         slot,
         "unavailable: Too many levels of symbolic links",
         missing,
         problem,
+        "weight_hook_4194304.sock",
         time.time(),
     )
 
@@ -291,6 +293,22 @@ def test_the_state_file_stays_below_2_kb_whatever_is_said(
 def test_the_state_file_stays_below_2_kb_whatever_the_names_are(text: str) -> None:
     data = publish.encode(state(text, text, [text] * 30, "0"))
     assert len(data) < 2048
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=["ascii", "wide", "surrogate", "nul", "quotes", ""])
+def test_the_state_of_an_unannounced_change_stays_below_2_kb(text: str) -> None:
+    made = state("", text, [text] * 30, "0_draft." + "n" * 255)
+    made["event"] = document.event(
+        "unannounced_change",
+        True,
+        None,
+        time.time(),
+        time.time(),
+        document.Changes(10**6, 10**6, 10**6, ()),
+        0,
+        names=[text] * 5,
+    )
+    assert len(publish.encode(made)) < 2048
 
 
 @given(st.text(), st.text())

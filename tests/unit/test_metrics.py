@@ -87,6 +87,7 @@ def test_an_update_in_one_process_is_scraped_in_another(
         f"{prefix}events_total{TARGET}": 2,
         f"{prefix}event_failures_total{TARGET}": 1,
         f"{prefix}lock_timeouts_total{TARGET}": 1,
+        f"{prefix}unannounced_changes_total{TARGET}": 0,
         **{
             f'{prefix}state{{role="target",slot="0",state="{state}"}}': float(state == "failed")
             for state in metrics.STATES

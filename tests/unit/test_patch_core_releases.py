@@ -18,13 +18,13 @@ import pytest
 from patched_methods import LOAD, an_entry, fake_module
 
 import sglang_weight_hook_patch_core as core
-from sglang_weight_hook.publisher import recorder
+from sglang_weight_hook.publisher.events import EFFECTS
 
 pytestmark = pytest.mark.usefixtures("release")
 
 
 def test_every_effect_of_the_table_is_one_that_the_recorder_knows() -> None:
-    assert {entry.effect for entry in core.ENTRY_POINTS} <= set(recorder.EFFECTS)
+    assert {entry.effect for entry in core.ENTRY_POINTS} <= EFFECTS
 
 
 def test_the_end_of_a_deferred_load_is_no_update_and_leaves_the_runner_loading() -> None:
@@ -166,9 +166,12 @@ def test_what_an_older_release_never_had_is_not_reported(
 def test_an_event_without_any_entry_point_is_reported_when_a_model_loads(
     recorded: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    module = fake_module(
-        LOAD, load_model=lambda self: None, finalize_startup_weight_load=lambda self: None
-    )
+    methods = {
+        entry.method: lambda self: None
+        for entry in core.ENTRY_POINTS
+        if entry.site == core.RUNNER and core._expected(entry, "0.5.23")
+    }
+    module = fake_module(LOAD, **methods)
     core.patch_module(module)
     assert caplog.records == []
     for _ in range(2):

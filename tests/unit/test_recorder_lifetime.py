@@ -28,6 +28,7 @@ def test_a_runner_that_is_collected_takes_its_documents_with_it(maps: Path) -> N
     gc.collect()
     settle()  # the next event, of anybody's: the garbage collector itself does nothing
     assert sorted(path.name for path in maps.iterdir()) == [
+        "weight_events_0.jsonl",
         "weight_owner_0.lock",
         "weight_saving_0.lock",
     ]
@@ -55,7 +56,7 @@ def test_a_runner_collected_while_an_event_runs_publishes_nothing_any_more(maps:
 
     event("expert_location_update", "update", during=drop)
     settle()
-    assert sorted(path.suffix for path in maps.iterdir()) == [".lock", ".lock"]
+    assert sorted(path.suffix for path in maps.iterdir()) == [".jsonl", ".lock", ".lock"]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

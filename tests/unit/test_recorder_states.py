@@ -15,7 +15,7 @@ from fake_sglang import FakeRunner, event, load, settle, stream, update
 from published_files import a_model, generations, layout_of, read, state_of
 
 from sglang_weight_hook.layout import files
-from sglang_weight_hook.publisher import recorder
+from sglang_weight_hook.publisher import events, recorder
 
 torch = pytest.importorskip("torch")
 
@@ -165,7 +165,7 @@ def test_an_unknown_effect_is_refused() -> None:
 
 
 def test_outcome_agrees_with_its_examples() -> None:
-    found = [test for test in doctest.DocTestFinder().find(recorder, "recorder") if test.examples]
+    found = [test for test in doctest.DocTestFinder().find(events, "events") if test.examples]
     assert found
     for test in found:
         assert doctest.DocTestRunner().run(test).failed == 0

@@ -1,0 +1,205 @@
+"""The one thread of ours in SGLang's process: ends streams, checks maps, serves the socket.
+
+Started when the first slot is published, or, where nothing is to be checked, with the first
+stream.  A daemon: it keeps no interpreter from ending.  It holds no lock while it sleeps or looks
+at a model, and what fails in it costs only what it does: the event path asks `is_running`, and
+ends streams itself where the answer is no.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+import time
+from typing import Any, Optional, Protocol
+
+from . import once, settings
+from .control import ControlSocket
+from .tracked import Tracked
+
+NAME = "sglang-weight-hook"
+
+# After an event the map is checked this many seconds later, then once a period.
+DELAYS = (0.25, 0.5, 1.0, 2.0, 4.0)
+# A thorough look, which finds tensors that the map lacks, follows each event and comes again
+# after so many seconds: it takes several times as long as one at the tensors that are known.
+THOROUGH_SECONDS = 60.0
+
+
+class Recorder(Protocol):
+    """What the thread asks of the recorder."""
+
+    def runners(self) -> list[Tracked]: ...
+
+    def end_streams(self, now: float, everything: bool = False) -> Optional[float]: ...
+
+    def check(self, tracked: Tracked, thoroughly: bool) -> Optional[bool]: ...
+
+
+_thread: Optional[_Background] = None
+_failed = False  # a thread could not be started, and is not tried again
+
+
+def ensure(recorder: Recorder, for_stream: bool = False) -> bool:
+    """Start the thread where there is something for it to do; whether it runs.  Never raises.
+
+    ``for_stream``: a stream is to be ended.  Without that only checks are a reason.
+    """
+    global _thread, _failed
+    if _thread is not None and _thread.is_alive():
+        return True
+    configured = settings.load()
+    if _failed or not (configured.check_seconds > 0 or for_stream):
+        return False
+    try:
+        _thread = _Background(recorder, configured)
+        _thread.start()
+    except Exception as error:  # no more threads, or the interpreter is ending
+        _thread, _failed = None, True
+        once.warn("thread", "the map is not checked, no thread could be started: %r", error)
+    return _thread is not None
+
+
+def is_running() -> bool:
+    return _thread is not None and _thread.is_alive()
+
+
+def wake() -> None:
+    """Have the thread look at what is due."""
+    if _thread is not None:
+        _thread.control.wake()
+
+
+def schedule(tracked: Tracked) -> None:
+    """An event of ``tracked`` is over: its checks begin anew."""
+    tracked.check_step = 0
+    tracked.event_ended_at = time.monotonic()
+    wake()
+
+
+def socket_name() -> Optional[str]:
+    """The control socket's file name in the output directory; None where there is none."""
+    return _thread.control.name if _thread is not None and _thread.is_alive() else None
+
+
+def stop(timeout: float = 0.5) -> None:
+    """End the thread and take its socket away; waits ``timeout`` seconds at most."""
+    global _thread
+    thread, _thread = _thread, None
+    if thread is not None:
+        thread.stopping = True
+        thread.control.wake()
+        if thread is not threading.current_thread():
+            thread.join(timeout)
+        thread.control.close(remove=True)
+
+
+def abandon() -> None:
+    """In a forked child, which has no such thread: let go of its descriptors."""
+    global _thread, _failed
+    thread, _thread, _failed = _thread, None, False
+    if thread is not None:
+        thread.control.close(remove=False)
+
+
+class _Background(threading.Thread):
+    def __init__(self, recorder: Recorder, configured: settings.Settings) -> None:
+        super().__init__(name=NAME, daemon=True)
+        self.stopping = False
+        self._recorder = recorder
+        self._period = configured.check_seconds
+        self.control = ControlSocket(
+            configured.directory if self._period > 0 else None, self._answer
+        )
+
+    def run(self) -> None:
+        try:
+            # SGLang's own threads are to get its signals.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            while not self.stopping:
+                self.control.serve(self._work())
+        except BaseException as error:
+            once.warn("thread", "the map is checked no more: %r", error)
+        finally:
+            try:
+                self._recorder.end_streams(time.monotonic(), everything=True)
+            except Exception:
+                pass
+
+    def _work(self) -> Optional[float]:
+        """Do what is due; seconds until something is due again, or None."""
+        waits = [self._recorder.end_streams(time.monotonic())]
+        if self._period > 0:
+            waits += [self._check_if_due(tracked) for tracked in self._recorder.runners()]
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _check_if_due(self, tracked: Tracked) -> Optional[float]:
+        """Check one map if its time has come; seconds until it comes again."""
+        if not tracked.settled or tracked.is_busy:
+            return None  # the end of the event schedules the next check
+        now = time.monotonic()
+        due = _due_at(tracked, self._period)
+        if now < due:
+            return due - now
+        thoroughly = tracked.check_step == 0 or now - tracked.thorough_at >= THOROUGH_SECONDS
+        ended_at = tracked.event_ended_at
+        holds = self._recorder.check(tracked, thoroughly)
+        if tracked.event_ended_at == ended_at:  # else an event has begun the schedule anew
+            tracked.check_step += 1
+            tracked.looked_at = time.monotonic()
+            if thoroughly and holds is not None:
+                tracked.thorough_at = tracked.looked_at
+        return max(_due_at(tracked, self._period) - time.monotonic(), 0.001)
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the control socket answers."""
+        if request.get("op") != "check":
+            return {"ok": False, "error": "unknown", "message": "this release answers only check"}
+        for tracked in self._recorder.runners():
+            if tracked.slot.name == request.get("slot"):
+                return self._check_now(tracked)
+        return {
+            "ok": False,
+            "error": "no_slot",
+            "message": "this process does not publish that slot",
+        }
+
+    def _check_now(self, tracked: Tracked) -> dict[str, Any]:
+        before = tracked.layout_generation
+        holds = self._recorder.check(tracked, thoroughly=True) if tracked.settled else None
+        if holds is None:
+            return {
+                "ok": False,
+                "error": "busy",
+                "message": f"the slot is {tracked.state}, its weights are about to change",
+            }
+        return {
+            "ok": True,
+            "equal": holds,
+            "published": tracked.layout_generation != before,
+            "checked_at": time.time(),
+            "state": tracked.state,
+            "instance": tracked.instance,
+            "layout_generation": tracked.layout_generation,
+            "content_generation": tracked.content_generation,
+            "tensors": list(tracked.changes.names) if not holds else [],
+        }
+
+
+def _due_at(tracked: Tracked, period: float) -> float:
+    """When the next check is due (time.monotonic)."""
+    if tracked.check_step < len(DELAYS):
+        due = tracked.event_ended_at + DELAYS[tracked.check_step]
+        return min(due, tracked.event_ended_at + period * (tracked.check_step + 1))
+    return tracked.looked_at + period
+
+
+def _at_exit() -> None:
+    if _thread is not None and _pid == os.getpid():
+        stop()
+
+
+_pid = os.getpid()
+atexit.register(_at_exit)

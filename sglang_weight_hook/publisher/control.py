@@ -1,0 +1,269 @@
+"""The process's control socket: one JSON object a line in, one out.  For the same user and root.
+
+A Unix stream socket ``weight_hook_{pid}.sock`` in the output directory, mode 0600; the kernel
+says who is at the other end (SO_PEERCRED, unix(7)).  Everything is non-blocking: a client that
+sends nothing, too much or never reads costs a descriptor for a while, and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import selectors
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable
+from typing import Any, Optional
+
+from ..layout.files import CONTROL
+from . import once
+
+MAX_CONNECTIONS = 32
+MAX_REQUEST = 4096  # bytes of a line
+IDLE_SECONDS = 30.0  # after which a silent connection is closed
+_STALE_SECONDS = 10.0  # a dead process's socket is removed when it is older than this
+
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class ControlSocket:
+    """The socket and its connections, served by one thread; others only call `wake`."""
+
+    def __init__(self, directory: Optional[str], answer: Answer) -> None:
+        """Listen in ``directory``, or not at all where that is None.  Never raises."""
+        self.name: Optional[str] = None
+        self._directory = directory
+        self._answer = answer
+        self._connections: dict[socket.socket, _Connection] = {}
+        self._listener: Optional[socket.socket] = None
+        self._inode: Optional[tuple[int, int]] = None
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        for descriptor in (self._wake_read, self._wake_write):
+            os.set_blocking(descriptor, False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._listen()
+
+    # -- listening
+
+    def _listen(self) -> None:
+        if self._directory is None:
+            return
+        try:
+            os.makedirs(self._directory, exist_ok=True)
+            remove_stale(self._directory)
+            self._bind(self._directory)
+        except OSError as error:
+            once.warn("control", "no control socket, so no check on demand: %s", error)
+
+    def _bind(self, directory: str) -> None:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            for number in range(1, 100):
+                # Another pid namespace may have a process with our pid.
+                suffix = str(os.getpid()) + (f"-{number}" if number > 1 else "")
+                name = CONTROL.format(suffix)
+                try:
+                    listener.bind(short_path(folder, name))
+                    break
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+            else:
+                raise OSError(errno.EADDRINUSE, "no free name for the control socket", directory)
+            # Nobody can connect before listen(), so the mode is right from the beginning.
+            os.chmod(name, 0o600, dir_fd=folder)
+            listener.listen(MAX_CONNECTIONS)
+            listener.setblocking(False)
+            status = os.stat(name, dir_fd=folder)
+            self._inode = (status.st_dev, status.st_ino)
+        except BaseException:
+            listener.close()
+            raise
+        finally:
+            os.close(folder)
+        self._listener, self.name = listener, name
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def _listen_again_if_lost(self) -> None:
+        """The directory or the socket's file was removed under us."""
+        if self._directory is None or self._is_there():
+            return
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = self.name = None
+        if os.path.isdir(self._directory):
+            self._listen()
+
+    def _is_there(self) -> bool:
+        if self._directory is None or self.name is None:
+            return False
+        try:
+            status = os.lstat(os.path.join(self._directory, self.name))
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._inode
+
+    # -- serving
+
+    def wake(self) -> None:
+        """Make `serve` return.  From any thread; never blocks and never raises."""
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"w")
+
+    def serve(self, timeout: Optional[float]) -> None:
+        """Answer who asks, for ``timeout`` seconds or until `wake`; None: until `wake` alone."""
+        if self._connections:
+            timeout = min(timeout if timeout is not None else IDLE_SECONDS, IDLE_SECONDS)
+        for key, events in self._selector.select(timeout):
+            if key.fileobj == self._wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_read, 4096)
+                self._listen_again_if_lost()
+            elif key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._talk(key.data, events)
+        now = time.monotonic()
+        for connection in list(self._connections.values()):
+            if now - connection.last_word > IDLE_SECONDS:
+                self._drop(connection)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:  # it has gone already, or there is no descriptor left
+            return
+        try:
+            peer.setblocking(False)
+            found = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            _, uid, _ = _CREDENTIALS.unpack(found)
+            if uid not in (0, os.geteuid()) or len(self._connections) >= MAX_CONNECTIONS:
+                peer.close()
+                return
+        except OSError:
+            peer.close()
+            return
+        connection = _Connection(peer)
+        self._connections[peer] = connection
+        self._selector.register(peer, selectors.EVENT_READ, connection)
+
+    def _talk(self, connection: _Connection, events: int) -> None:
+        try:
+            if events & selectors.EVENT_READ:
+                data = connection.peer.recv(MAX_REQUEST)
+                if not data:
+                    self._drop(connection)
+                    return
+                connection.last_word = time.monotonic()
+                connection.received += data
+                while b"\n" in connection.received and not connection.unsent:
+                    line, _, connection.received = connection.received.partition(b"\n")
+                    connection.unsent += self._reply(line)
+                if len(connection.received) > MAX_REQUEST:
+                    self._drop(connection)
+                    return
+            if connection.unsent:
+                sent = connection.peer.send(connection.unsent)
+                connection.unsent = connection.unsent[sent:]
+            wanted = selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
+            self._selector.modify(connection.peer, wanted, connection)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._drop(connection)
+
+    def _reply(self, line: bytes) -> bytes:
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict):
+                raise ValueError("a request is a JSON object")
+        except (ValueError, RecursionError) as error:
+            answer = {"ok": False, "error": "malformed", "message": str(error)}
+        else:
+            try:
+                answer = self._answer(request)
+            except Exception as error:
+                answer = {"ok": False, "error": "failed", "message": repr(error)}
+        return json.dumps(answer).encode("ascii") + b"\n"
+
+    def _drop(self, connection: _Connection) -> None:
+        self._connections.pop(connection.peer, None)
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            self._selector.unregister(connection.peer)
+        connection.peer.close()
+
+    def close(self, remove: bool) -> None:
+        """Close everything.  ``remove``: the socket's file too; in a forked child it is the
+        parent's."""
+        if remove and self._is_there() and self._directory is not None and self.name is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self._directory, self.name))
+        self.name = None
+        for connection in list(self._connections.values()):
+            connection.peer.close()
+        self._connections.clear()
+        if self._listener is not None:
+            self._listener.close()
+        with contextlib.suppress(OSError):
+            self._selector.close()
+        for descriptor in (self._wake_read, self._wake_write):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._wake_read = self._wake_write = -1
+
+
+class _Connection:
+    def __init__(self, peer: socket.socket) -> None:
+        self.peer = peer
+        self.received = b""
+        self.unsent = b""
+        self.last_word = time.monotonic()
+
+
+def short_path(folder: int, name: str) -> str:
+    """A path to ``name`` in the open directory ``folder`` that fits into 108 bytes (unix(7))."""
+    return f"/proc/self/fd/{folder}/{name}"
+
+
+def remove_stale(directory: str) -> None:
+    """Remove sockets of processes that are gone.  Raises OSError."""
+    pattern = re.compile(re.escape(CONTROL).replace(r"\{\}", r"(\d+)(?:-\d+)?") + r"\Z")
+    for name in os.listdir(directory):
+        match = pattern.match(name)
+        if match is None:
+            continue
+        path = os.path.join(directory, name)
+        try:
+            status = os.lstat(path)
+            is_old = time.time() - status.st_mtime > _STALE_SECONDS
+            if stat.S_ISSOCK(status.st_mode) and is_old and not _is_served(directory, name):
+                os.unlink(path)
+        except OSError:
+            continue
+
+
+def _is_served(directory: str, name: str) -> bool:
+    """Whether somebody listens; another pid namespace's process is told only by asking."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.setblocking(False)
+            client.connect(short_path(folder, name))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+        finally:
+            os.close(folder)
+    return True

@@ -1,0 +1,63 @@
+"""The owner's side of a slot's header: 128 bytes of a file, rewritten in place.
+
+Written with pwrite(2), not through a mapping: should somebody truncate the file, a store into a
+mapping would end the server with SIGBUS.  Readers may map it; Linux keeps both in step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from ..layout.header import LEFT, Header, pack
+
+_SEQUENCE_OFFSET = 8  # bytes
+
+
+class HeaderFile:
+    """Nothing here is thread-safe; the recorder calls it under its own mutex."""
+
+    def __init__(self, path: str, first: Header) -> None:
+        """Put a new file in place of whatever is at ``path``.  Raises OSError.
+
+        A reader that has the predecessor's file mapped keeps that one: it says who owned it.
+        """
+        self.path = path
+        self.last = first
+        temporary = os.path.join(
+            os.path.dirname(path), f".{os.path.basename(path)}.tmp-{os.getpid()}"
+        )
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(temporary, flags, 0o644)
+        try:
+            os.pwrite(self._descriptor, pack(first), 0)
+            os.rename(temporary, path)
+        except BaseException:
+            self.abandon()
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def write(self, header: Header) -> None:
+        """Replace the content; ``header.sequence`` is not looked at.  Raises OSError."""
+        if self._descriptor < 0:
+            return
+        sequence = self.last.sequence + 2
+        self.last = header._replace(sequence=sequence)
+        os.pwrite(self._descriptor, (sequence - 1).to_bytes(8, "little"), _SEQUENCE_OFFSET)
+        os.pwrite(self._descriptor, pack(self.last), 0)
+
+    def leave(self) -> None:
+        """Say that the slot has no owner any more, and let go of the file."""
+        with contextlib.suppress(OSError):
+            self.write(self.last._replace(state=LEFT))
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the file and write nothing: a forked child's copy is its parent's."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
