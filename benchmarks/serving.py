@@ -6,12 +6,12 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cpu_sglang.environment import ensure_environment
+from cpu_sglang.environment import Environment, ensure_environment
 from cpu_sglang.server import Server
 from sglang_weight_hook.layout.location import DEFAULT_DIRECTORY
 from sglang_weight_hook.reader import open_directory
@@ -35,23 +35,7 @@ def measure(quick: bool) -> Section:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serving-")))
         models = [make_checkpoint(environment, folder / str(seed), seed) for seed in (1, 2)]
-        hooked = make_venv(folder / "hooked", environment)
-        servers: dict[str, Server] = {}
-        for kind, has_hook in KINDS.items():
-            cwd = folder / kind
-            cwd.mkdir()
-            python = hooked if has_hook else environment.python
-            server = Server(
-                environment,
-                models[0],
-                cwd=cwd,
-                log_path=cwd / "log",
-                command=[str(python), "-m", "sglang.launch_server"],
-            )
-            servers[kind] = stack.enter_context(server)
-            # The others stand still while one works: an idle scheduler polls.
-            stack.callback(_signal, server, signal.SIGCONT)
-            _signal(server, signal.SIGSTOP)
+        servers = _start_all(environment, models[0], folder, stack)
         slots = {kind: open_directory(str(folder / kind / DEFAULT_DIRECTORY)) for kind in KINDS}
         published = {kind: os.path.isdir(place.path) for kind, place in slots.items()}
         assert published == KINDS, published
@@ -65,32 +49,62 @@ def measure(quick: bool) -> Section:
             status, answer = server.post(UPDATE, {"model_path": str(models[turn % 2])})
             assert status == 200, answer
 
-        for what, act in (
-            (f"{AT_ONCE} requests of {TOKENS} tokens at once", burst),
-            (f"update from disk, {tensors} tensors", update),
-        ):
-            wall: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            for turn in range(-2, rounds):  # two to warm up
-                for kind in rotated(KINDS, turn):
-                    with _running(servers[kind]) as server:
-                        began, used = time.perf_counter(), _cpu_seconds(server)
-                        act(server, turn)
-                        if turn >= 0:
-                            wall[kind].append(time.perf_counter() - began)
-                            cpu[kind].append(_cpu_seconds(server) - used)
-            for clock, values in (("CPU of all its processes", cpu), ("wall", wall)):
-                samples = {kind: Sample(each) for kind, each in values.items()}
-                for kind in list(KINDS)[1:]:
-                    lines.append(
-                        Line(
-                            f"{what}: {kind}, {clock}",
-                            table.timing(samples[kind]),
-                            f"without: {table.timing(samples['without'])}",
-                            table.times(ratios(samples[kind], samples["without"]), 3),
-                        )
-                    )
+        lines += _compare(f"{AT_ONCE} requests of {TOKENS} tokens at once", burst, servers, rounds)
+        lines += _compare(f"update from disk, {tensors} tensors", update, servers, rounds)
     return Section("Requests to a real server", lines, HOW, LIMITS)
+
+
+def _start_all(
+    environment: Environment, model: Path, folder: Path, stack: ExitStack
+) -> dict[str, Server]:
+    """A server of each kind, stopped (SIGSTOP) until it is to work; they end with ``stack``."""
+    hooked = make_venv(folder / "hooked", environment)
+    servers: dict[str, Server] = {}
+    for kind, has_hook in KINDS.items():
+        cwd = folder / kind
+        cwd.mkdir()
+        python = hooked if has_hook else environment.python
+        server = Server(
+            environment,
+            model,
+            cwd=cwd,
+            log_path=cwd / "log",
+            command=[str(python), "-m", "sglang.launch_server"],
+        )
+        servers[kind] = stack.enter_context(server)
+        # The others stand still while one works: an idle scheduler polls.
+        stack.callback(_signal, server, signal.SIGCONT)
+        _signal(server, signal.SIGSTOP)
+    return servers
+
+
+def _compare(
+    what: str, act: Callable[[Server, int], None], servers: dict[str, Server], rounds: int
+) -> list[Line]:
+    """``act`` on each server, interleaved: CPU and wall time against the one without the hook."""
+    wall: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(-2, rounds):  # two to warm up
+        for kind in rotated(KINDS, turn):
+            with _running(servers[kind]) as server:
+                began, used = time.perf_counter(), _cpu_seconds(server)
+                act(server, turn)
+                if turn >= 0:
+                    wall[kind].append(time.perf_counter() - began)
+                    cpu[kind].append(_cpu_seconds(server) - used)
+    lines = []
+    for clock, values in (("CPU of all its processes", cpu), ("wall", wall)):
+        samples = {kind: Sample(each) for kind, each in values.items()}
+        for kind in list(KINDS)[1:]:
+            lines.append(
+                Line(
+                    f"{what}: {kind}, {clock}",
+                    table.timing(samples[kind]),
+                    f"without: {table.timing(samples['without'])}",
+                    table.times(ratios(samples[kind], samples["without"]), 3),
+                )
+            )
+    return lines
 
 
 @contextmanager

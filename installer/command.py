@@ -90,12 +90,9 @@ def install(dry_run: bool, force: bool) -> int:
                     f"{contents.DISTRIBUTION} {release} is installed and intact in {purelib}; "
                     "nothing would be written."
                 )
-                return 0
-            _say(f"Would install {contents.DISTRIBUTION} {release} into {purelib}")
-            for path in [*present.temporaries, *obsolete]:
-                _say(f"  remove {path}")
-            for file in files:
-                _say(f"  write  {file.path}")
+            else:
+                _say(f"Would install {contents.DISTRIBUTION} {release} into {purelib}")
+                _list_changes([*present.temporaries, *obsolete], files)
             return 0
 
         _fact("Target", f"{sys.executable} (Python {sys.version.split()[0]})")
@@ -113,6 +110,20 @@ def install(dry_run: bool, force: bool) -> int:
                 f"{contents.DISTRIBUTION} {release}, {len(files)} files"
                 + (f", in place of {', '.join(before)}" if before else ""),
             )
+    _report_live()
+    return 0
+
+
+def _list_changes(removed: list[str], written: list[contents.File]) -> None:
+    """What `install` would do, for --dry-run."""
+    for path in removed:
+        _say(f"  remove {path}")
+    for file in written:
+        _say(f"  write  {file.path}")
+
+
+def _report_live() -> None:
+    """The last facts of an installation whose hook was seen to be live."""
     _fact("Live", "in a fresh interpreter and in a spawned child")
     version = target.sglang()
     _fact(
@@ -121,7 +132,6 @@ def install(dry_run: bool, force: bool) -> int:
     )
     if os.environ.get(liveness.OFF_SWITCH) == "0":
         _fact("Note", f"{liveness.OFF_SWITCH}=0 is set in this shell: here the hook stays off")
-    return 0
 
 
 def _replace(
