@@ -5,7 +5,7 @@
  *
  * Output: one line a region, "address size device allocation_address allocation_size", decimal.
  * Exit status: 0 done, 1 an error (one sentence on stderr), 2 wrong usage, 3 the map is not to
- * be used now (its owner is gone, or the weights are being changed or are released).
+ * be used now (its owner has exited, or the weights are being changed or are released).
  *
  * It follows docs/format.md: take the shared lock, read the state, the layout and the state
  * again, and go on only if they are of one generation.  Whatever has to happen while the weights
@@ -287,7 +287,7 @@ static char *path_of(const char *directory, const char *before, const char *slot
     return path;
 }
 
-/* A whole file with a NUL behind it; NULL where there is none.  What was opened stays whole,
+/* A file's contents, NUL-terminated; NULL where there is none.  An opened file never changes,
  * since the server replaces files by rename. */
 static char *read_file(const char *path)
 {
@@ -335,7 +335,7 @@ static int lock_shared(const char *path)
     return file;
 }
 
-/* The publisher holds this lock for life, so being able to take it means that it is gone. */
+/* The owner holds this lock for life, so being able to take it means that it has exited. */
 static bool owner_lives(const char *path)
 {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -371,10 +371,10 @@ int main(int count, char **arguments)
     char *owner_path = path_of(directory, "weight_owner_", slot, ".lock");
     int status = DONE;
 
-    /* From here to the end of main no update begins. */
+    /* From here to the end of main no update starts. */
     int lock = lock_shared(saving_path);
     if (!owner_lives(owner_path))
-        quit(NOT_NOW, "the process that published slot %s is gone", slot);
+        quit(NOT_NOW, "slot %s is stale: its owner has exited", slot);
 
     /* Under the lock the two documents agree at once, except for a server that did not get the
      * lock in time and went on without it: therefore the loop. */
@@ -394,7 +394,7 @@ int main(int count, char **arguments)
                 two.layout_generation == three.layout_generation && one.pid == two.pid &&
                 two.pid == three.pid) {
                 if (regions == NULL || !print_regions(regions)) {
-                    fprintf(stderr, "print_regions: %s has no proper regions\n", layout_path);
+                    fprintf(stderr, "print_regions: %s has no valid regions\n", layout_path);
                     status = FAILED;
                 }
                 free(before), free(layout), free(after);

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Keep the weights of a slot registered with an RDMA library, and only what has changed anew.
+"""Keep the weights of a slot registered with an RDMA library; register only what has changed.
 
     python register_regions.py weights_metadata 0
 
@@ -13,8 +13,8 @@ registers the same offsets in its own mapping.
 
 What the state file asks for, see docs/format.md:
 
-* another process, or the owner is gone: everything registered is worthless;
-* ``layout_generation`` rose: register what is new, deregister what is no more, keep the rest;
+* another process, or the owner has exited: every registration is stale;
+* ``layout_generation`` rose: register new regions, deregister removed ones, keep all others;
 * ``physical_epoch`` rose: the pages behind the addresses are others, register everything again;
 * ``released``: there are no pages; deregister, and wait for the resume;
 * ``content_generation`` rose: the registrations stay good.
@@ -38,7 +38,7 @@ except ImportError:  # run from a checkout
 
 
 class Region(NamedTuple):
-    """What one registration covers; the allocation belongs to it, for the pages are its."""
+    """What one registration covers, with its allocation, which owns the pages."""
 
     ptr: int
     size: int
@@ -47,7 +47,7 @@ class Region(NamedTuple):
 
 
 class StandInLibrary:
-    """The two calls of an RDMA library that matter here, and the books it keeps."""
+    """The two calls of an RDMA library that are needed here, with a record of registrations."""
 
     def __init__(self) -> None:
         self.regions: dict[int, Region] = {}  # by handle
@@ -63,7 +63,7 @@ class StandInLibrary:
 
 
 class Registrar:
-    """Brings the library's registrations to what the published map says."""
+    """Keeps the library's registrations equal to the published map."""
 
     def __init__(self, slot: hook.Slot, library: StandInLibrary) -> None:
         self.slot = slot
@@ -80,7 +80,7 @@ class Registrar:
         Raises HookError when the map cannot be read.
         """
         if not self.slot.owner_alive():
-            return self.drop("the owner is gone")
+            return self.drop("the owner has exited")
         state = self.slot.read_state()
         if state["state"] == "released":
             return self.drop("the weights are released")
@@ -91,7 +91,7 @@ class Registrar:
                 return None
             self.content_generation = state["content_generation"]
             return self.report("new values", kept=len(self.handles))
-        # No update begins while this runs, so what is registered is what is there.
+        # No update starts while this runs, so the regions read are the regions in memory.
         with self.slot.weights_held():
             return self.register_again(self.slot.read())
 
@@ -113,8 +113,8 @@ class Registrar:
         else:
             why, stale = "another layout", False
         wanted = {Region(*(region[name] for name in Region._fields)) for region in document.regions}
-        gone = [region for region in self.handles if stale or region not in wanted]
-        for region in gone:
+        removed = [region for region in self.handles if stale or region not in wanted]
+        for region in removed:
             self.library.deregister(self.handles.pop(region))
         new = sorted(wanted - self.handles.keys())
         kept = len(self.handles)
@@ -124,7 +124,7 @@ class Registrar:
         self.layout_generation = state["layout_generation"]
         self.physical_epoch = state.get("physical_epoch", 0)
         self.content_generation = state["content_generation"]
-        return self.report(why, registered=len(new), deregistered=len(gone), kept=kept)
+        return self.report(why, registered=len(new), deregistered=len(removed), kept=kept)
 
     def drop(self, why: str) -> dict[str, Any] | None:
         if not self.handles:
@@ -154,10 +154,14 @@ def _process(state: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Keep a slot's weights registered.")
-    parser.add_argument("directory", help="the server's weights_metadata")
-    parser.add_argument("slot", help="0, 0_draft, ...")
-    parser.add_argument("--interval", type=float, default=0.2, help="seconds between looks")
+    parser = argparse.ArgumentParser(
+        description="Keep the weights of one slot of a running SGLang registered for RDMA."
+    )
+    parser.add_argument("directory", help="the server's output directory (weights_metadata)")
+    parser.add_argument("slot", help="the slot to follow: 0, 0_draft, ...")
+    parser.add_argument(
+        "--interval", type=float, default=0.2, help="seconds between reads of the state file"
+    )
     options = parser.parse_args()
     registrar = Registrar(hook.open_slot(options.directory, options.slot), StandInLibrary())
     while True:

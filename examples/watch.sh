@@ -7,7 +7,7 @@
 #     ready layout=1 content=6 physical=0
 #
 # layout: register again; physical: register everything again, no address differs; content: the
-# values are new.  "gone": the state file is not there (any more).
+# values are new.  "absent": there is no state file.
 #
 # The server replaces the state file by rename, so the directory is watched, not the file: a
 # watch on the file would follow the old one.  inotifywait is in the package inotify-tools;
@@ -39,7 +39,7 @@ look() {
         now+=" content=$(field "$text" content_generation)"
         now+=" physical=$(field "$text" physical_epoch)"
     else
-        now=gone
+        now=absent
     fi
     [ "$now" = "${last-}" ] || echo "$now"
     last=$now
@@ -58,11 +58,11 @@ trap 'exit 0' INT TERM
 
 look
 while :; do
-    # A timeout (a status above 128) is a reason to look, too.
+    # After a timeout (a status above 128) look, too.
     if read -r -t "$interval" name <&3; then
         [ "$name" = "weight_state_$slot.json" ] || continue
     elif [ $? -le 128 ]; then
-        [ -d "$directory" ] || exit 1 # the watcher has ended, and with reason
+        [ -d "$directory" ] || exit 1 # the watcher has ended, because the directory was removed
         sleep "$interval"
     fi
     look

@@ -185,7 +185,7 @@ def test_c_says_when_the_map_is_not_to_be_used(publisher: Publisher, print_regio
     publisher.process.wait()
     done = run_c(print_regions, publisher.maps)
     assert (done.returncode, done.stdout) == (3, "")
-    assert "is gone" in done.stderr
+    assert "is stale" in done.stderr
 
 
 def test_c_refuses_a_wrong_directory_and_wrong_usage(print_regions: Path, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_the_shell_loop_prints_a_line_for_each_change(
         seen.append(line())
     assert seen[-1] == ("ready", layout + 1, content + 2)
     os.unlink(publisher.slot.path(files.STATE))
-    assert loop.stdout.readline() == "gone\n"
+    assert loop.stdout.readline() == "absent\n"
 
 
 def test_the_shell_loop_ends_with_what_it_started(
@@ -375,7 +375,7 @@ def test_regions_are_registered_again_exactly_when_they_must_be(
     publisher.process.kill()
     publisher.process.wait()
     done = line()
-    assert (done["why"], done["bytes"]) == ("the owner is gone", 0)
+    assert (done["why"], done["bytes"]) == ("the owner has exited", 0)
 
 
 def test_other_pages_behind_the_same_addresses_are_registered_again(
