@@ -1,4 +1,4 @@
-"""What this interpreter has of the hook and of SGLang, found without importing SGLang.
+"""Diagnoses the hook and SGLang in this interpreter, without importing SGLang.
 
 SGLang's files are parsed, never run: importing it takes seconds, may need a GPU, and would
 activate the very hook that is being looked for.
@@ -43,7 +43,7 @@ class Fact(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One entry point of the patch core's table, held against the SGLang that is here."""
+    """One entry point of the patch core's table, compared with the installed SGLang."""
 
     event: str
     name: str  # ``Class.method``
@@ -115,40 +115,42 @@ def _interpreter(data: dict[str, Any]) -> Iterator[Fact]:
 
 
 def _installed(data: dict[str, Any]) -> Iterator[Fact]:
-    doors = [_door(distribution) for distribution in _distributions()]
+    installations = [_installation(distribution) for distribution in _distributions()]
     place = sysconfig.get_path("purelib")
-    loose = not doors and _has_file(place, PTH)
+    loose = not installations and _has_file(place, PTH)
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    data["hook"] = {"version": __version__, "library": here, "installed": doors}
-    for door in doors:
+    data["hook"] = {"version": __version__, "library": here, "installed": installations}
+    for found in installations:
         yield Fact(
             "Installed",
             GOOD,
-            f"{DISTRIBUTION} {door['version']} by {door['door']}, {door['place']}",
+            f"{DISTRIBUTION} {found['version']} by {found['door']}, {found['place']}",
         )
         # Editable installations are where their checkout is.
-        if door["editable"]:
+        if found["editable"]:
             continue
-        if os.path.realpath(door["place"]) != os.path.realpath(here):
+        if os.path.realpath(found["place"]) != os.path.realpath(here):
             yield Fact("Installed", NOTE, f"this command itself runs from {here} ({__version__})")
         pth = START if sys.version_info >= (3, 15) else PTH
-        if not _has_file(door["place"], pth):
+        if not _has_file(found["place"], pth):
             yield Fact("Installed", BAD, f"{pth} is missing there; run {SCRIPT} again")
-    if len(doors) > 1:
-        yield Fact("Installed", NOTE, "more than once; the first one on sys.path counts")
+    if len(installations) > 1:
+        yield Fact("Installed", NOTE, "more than once; Python uses the first on sys.path")
     if loose:
         yield Fact("Installed", BAD, f"in part, without a record, in {place}; run {SCRIPT} again")
-    elif not doors and _is_active():
-        yield Fact("Installed", NOTE, "no; it is active in this process alone (launch_wrapper.py)")
-    elif not doors:
+    elif not installations and _is_active():
+        yield Fact("Installed", NOTE, "no; active in this process alone (launch_wrapper.py)")
+    elif not installations:
         yield Fact(
             "Installed", BAD, f"no; run ./{SCRIPT} --python {sys.executable} in the hook's checkout"
         )
-    plugin = any(door["plugin"] for door in doors)
+    plugin = any(found["plugin"] for found in installations)
     allowed = os.environ.get(PLUGINS_VARIABLE)
     if plugin and allowed and "sglang_weight_hook" not in allowed.split(","):
         yield Fact(
-            "Installed", NOTE, f"{PLUGINS_VARIABLE} leaves us out as SGLang's plugin; .pth counts"
+            "Installed",
+            NOTE,
+            f"{PLUGINS_VARIABLE} excludes the hook as SGLang's plugin; only its .pth activates it",
         )
 
 
@@ -160,7 +162,7 @@ def _distributions() -> list[importlib.metadata.Distribution]:
     return list(found.values())
 
 
-def _door(distribution: importlib.metadata.Distribution) -> dict[str, Any]:
+def _installation(distribution: importlib.metadata.Distribution) -> dict[str, Any]:
     installer = (distribution.read_text("INSTALLER") or "").strip() or "an unknown installer"
     editable = False
     with contextlib.suppress(ValueError, AttributeError):
@@ -185,7 +187,7 @@ def _is_ours(finder: object) -> bool:
 
 
 def _in_front() -> list[str]:
-    """The finders that are asked before ours."""
+    """The finders that precede ours on ``sys.meta_path``."""
     classes = [
         finder if isinstance(finder, type) else type(finder)
         for finder in takewhile(lambda finder: not _is_ours(finder), sys.meta_path)
@@ -206,27 +208,25 @@ def _active(data: dict[str, Any]) -> Iterator[Fact]:
     if active:
         yield Fact("Active", GOOD, f"yes, it waits for SGLang ({data['hook']['loader']})")
         for name in data["hook"]["finders_in_front"]:
-            text = f"{name} is asked first; a module of SGLang that it finds itself is not hooked"
-            yield Fact(
-                "Active", NOTE, f"{text} (from 0.5.11 on SGLang's plugin door makes up for it)"
-            )
+            text = f"{name} precedes the hook; SGLang modules that it finds itself are not hooked"
+            yield Fact("Active", NOTE, f"{text} (SGLang 0.5.11 and later hooks them as a plugin)")
     elif os.environ.get(OFF_SWITCH) == "0":
         yield Fact("Active", BAD, f"no: {OFF_SWITCH}=0 switches it off; unset that")
     elif module is not None:
-        yield Fact("Active", BAD, "no: the loader was imported, but its finder was taken out again")
+        yield Fact("Active", BAD, "no: the loader was imported, but its finder was removed again")
     elif data["hook"]["installed"] and not sys.flags.no_site:
         yield Fact(
-            "Active", BAD, f"no: the .pth file was not processed, or failed; {DEBUG_SWITCH}=1 tells"
+            "Active", BAD, f"no: the .pth file was not run, or failed; {DEBUG_SWITCH}=1 says why"
         )
     else:
-        yield Fact("Active", BAD, "no")
+        yield Fact("Active", BAD, "no: not installed, or Python runs with -S")
 
 
 # --- SGLang ---------------------------------------------------------------------------------
 
 
 class Gap(NamedTuple):
-    """A part of SGLang that holds weights where nothing of ours looks."""
+    """A part of SGLang that holds weights and is not hooked."""
 
     name: str
     paths: tuple[str, ...]  # below SGLang's package; any of them means that it is there
@@ -275,7 +275,7 @@ def _sglang(data: dict[str, Any], entries: list[Found]) -> Iterator[Fact]:
         return
     release = version or "unknown"
     if _newer(core, release):
-        yield Fact("SGLang", NOTE, f"newer than {core.NEWEST}, the newest that was checked")
+        yield Fact("SGLang", NOTE, f"newer than {core.NEWEST}, the newest tested release")
     source = Sources(folders)
     for entry in core.ENTRY_POINTS:
         entries.append(
@@ -345,16 +345,17 @@ def _environment(data: dict[str, Any]) -> Iterator[Fact]:
         value = os.environ.get(name)
         text = f"{name}={value}" if value is not None else f"{name} is not set ({default})"
         yield Fact("Variable", GOOD, text)
-        if name == variables.LOCK_TIMEOUT and value and not _is_duration(value):
-            yield Fact("Variable", NOTE, f"{value!r} is no number of seconds: {default} holds")
+        if name in variables.DURATIONS and value and not _is_duration(value):
+            unit = "milliseconds" if name == variables.QUIET_MS else "seconds"
+            yield Fact("Variable", NOTE, f"{value!r} is no number of {unit}; {default} is used")
     for name in sorted(os.environ):
         if name.startswith(OFF_SWITCH) and name not in known:
             data["environment"][name] = os.environ[name]
-            yield Fact("Variable", NOTE, f"{name} is set, and no variable of this release's")
+            yield Fact("Variable", NOTE, f"{name} is set, but this release has no such variable")
 
 
 def _is_duration(value: str) -> bool:
-    return variables.seconds_from(value, -1.0) >= 0.0
+    return variables.duration_from(value, -1.0) >= 0.0
 
 
 def _directory(directory: Optional[str], data: dict[str, Any]) -> Iterator[Fact]:
@@ -366,13 +367,13 @@ def _directory(directory: Optional[str], data: dict[str, Any]) -> Iterator[Fact]
     writable = os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
     data["directory"] = {"path": path, "exists": there == path, "writable": writable}
     if value and "{pid}" in value:
-        yield Fact("Directory", NOTE, "{pid} stands for each server's own: read with --dir instead")
+        yield Fact("Directory", NOTE, "{pid} is replaced in each server; to read, give --dir")
     if not writable:
         what = "cannot be written" if os.path.isdir(there) else "is not a directory"
         yield Fact(
-            "Directory", BAD, f"{path}: {there} {what}; set {location.DIRECTORY} to one that can"
+            "Directory", BAD, f"{path}: {there} {what}; set {location.DIRECTORY} to a writable one"
         )
     elif there != path:
-        yield Fact("Directory", GOOD, f"{path} (the server makes it)")
+        yield Fact("Directory", GOOD, f"{path} (the server creates it)")
     else:
         yield Fact("Directory", GOOD, path)

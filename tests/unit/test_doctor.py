@@ -210,7 +210,7 @@ def test_a_finder_that_is_asked_first_is_named(monkeypatch: pytest.MonkeyPatch) 
     found = doctor.diagnose()
     assert found.data["hook"]["finders_in_front"] == [f"{__name__}.{Tracer.__qualname__}"]
     (text,) = texts(found, "Active", NOTE)
-    assert "Tracer is asked first" in text
+    assert "Tracer precedes the hook" in text
 
 
 DIAGNOSE = """
@@ -276,7 +276,9 @@ def test_variables_are_listed_and_strange_ones_noted(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT", "soon")
     found = doctor.diagnose()
     notes = texts(found, "Variable", NOTE)
-    assert any("SGLANG_WEIGHT_HOOK_DIRECTORY is set, and no variable" in text for text in notes)
+    assert any(
+        "SGLANG_WEIGHT_HOOK_DIRECTORY is set, but this release has no" in text for text in notes
+    )
     assert any("'soon' is no number of seconds" in text for text in notes)
     assert "SGLANG_WEIGHT_HOOK_DIR" in found.data["environment"]
     assert {known.name for known in variables.VARIABLES} <= set(found.data["environment"])
@@ -290,12 +292,13 @@ def test_the_off_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_directory_that_is_not_there_yet_is_good_if_it_can_be_made(maps: Path) -> None:
     found = doctor.diagnose()
-    assert texts(found, "Directory", GOOD) == [f"{maps} (the server makes it)"]
+    assert texts(found, "Directory", GOOD) == [f"{maps} (the server creates it)"]
     assert not maps.exists()
     maps.mkdir()
     assert texts(doctor.diagnose(), "Directory", GOOD) == [str(maps)]
     assert (
-        texts(doctor.diagnose("/else/where"), "Directory") == ["/else/where (the server makes it)"]
+        texts(doctor.diagnose("/else/where"), "Directory")
+        == ["/else/where (the server creates it)"]
         or os.geteuid()
     )
 
