@@ -167,7 +167,7 @@ class ControlSocket:
                     return
                 connection.last_word = time.monotonic()
                 connection.received += data
-                while b"\n" in connection.received and not connection.unsent:
+                while b"\n" in connection.received:
                     line, _, connection.received = connection.received.partition(b"\n")
                     connection.unsent += self._reply(line)
                 if len(connection.received) > MAX_REQUEST:

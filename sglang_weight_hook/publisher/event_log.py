@@ -5,6 +5,7 @@ It outlives the process that wrote it, for it answers what has changed, not what
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -28,14 +29,14 @@ class EventLog:
 
         Through no link, and into nothing but a regular file.
         """
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(self.path).st_size > LIMIT:
+                os.replace(self.path, self._before)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(self.path, flags | os.O_CLOEXEC, 0o644)
         try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, "the event log is not a regular file", self.path)
             os.write(descriptor, encode(line, indent=False) + b"\n")
         finally:
             os.close(descriptor)
-        if status.st_size > LIMIT:
-            os.replace(self.path, self._before)

@@ -24,8 +24,8 @@ from patched_methods import Recorded  # noqa: E402
 from published_files import a_model  # noqa: E402
 
 import sglang_weight_hook_patch_core as core  # noqa: E402
-from sglang_weight_hook.publisher import capture as capture_module  # noqa: E402
 from sglang_weight_hook.publisher import background, cuda_driver, once, recorder, settings  # noqa: E402
+from sglang_weight_hook.publisher import capture as capture_module  # noqa: E402
 
 
 def forget_everything() -> None:
@@ -194,3 +194,24 @@ def environment_for_children(path: Path | None, maps: Path, more: dict[str, str]
     environment["SGLANG_WEIGHT_HOOK_DIR"] = str(maps)
     environment.update(more)
     return environment
+
+
+@pytest.fixture
+def checking(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set the period of the checks, before the first runner is published."""
+
+    def set_it(seconds: float) -> None:
+        monkeypatch.setenv("SGLANG_WEIGHT_HOOK_CHECK_SECONDS", str(seconds))
+        settings._settings = None
+
+    return set_it
+
+
+@pytest.fixture
+def asked(checking: Callable[[float], None], maps: Path) -> FakeRunner:
+    """A runner whose periodic checks are far apart."""
+    checking(1000)
+    made = FakeRunner(a_model())
+    load(made)
+    settle()
+    return made

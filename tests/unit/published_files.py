@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sglang_weight_hook.layout import files
+from sglang_weight_hook.layout import files, header
 
 
 def a_model() -> Any:
@@ -51,3 +53,24 @@ def layout_file(maps: Path) -> int:
 
 def inodes(maps: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in maps.iterdir()}
+
+
+def header_of(maps: Path, slot: str = "0") -> header.Header:
+    for _ in range(1000):
+        found = header.unpack((maps / files.HEADER.format(slot)).read_bytes())
+        if found is not None:
+            return found
+    raise AssertionError("the header is being written for ever")
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 10.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (answer := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return answer
+
+
+def log_of(maps: Path, slot: str = "0") -> list[dict[str, Any]]:
+    lines = (maps / files.EVENTS.format(slot)).read_text().splitlines()
+    return [json.loads(line) for line in lines]
