@@ -222,3 +222,12 @@ def test_a_collected_runner_is_checked_no_more_and_its_header_says_so(
         assert found.state == header.LEFT
     assert not (maps / files.HEADER.format(0)).exists()
     assert background.is_running()
+
+
+def test_a_truncated_header_does_not_harm_the_server_and_heals(
+    runner: FakeRunner, maps: Path
+) -> None:
+    path = maps / files.HEADER.format(0)
+    os.truncate(path, 0)
+    eventually(lambda: path.stat().st_size == header.SIZE)
+    assert header_of(maps).state == "ready"

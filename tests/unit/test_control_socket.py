@@ -15,7 +15,7 @@ import pytest
 from fake_sglang import FakeRunner, load, settle, update
 from published_files import a_model, eventually, generations, header_of, layout_of, state_of
 
-from sglang_weight_hook.layout import files, header
+from sglang_weight_hook.publisher import background
 
 torch = pytest.importorskip("torch")
 
@@ -152,22 +152,12 @@ def test_a_directory_that_was_removed_gets_its_socket_and_header_again(
     assert header_of(maps).content_generation == state_of(maps)["content_generation"]
 
 
-def test_a_truncated_header_does_not_harm_the_server_and_heals(
-    runner: FakeRunner, maps: Path
-) -> None:
-    path = maps / files.HEADER.format(0)
-    os.truncate(path, 0)
-    eventually(lambda: path.stat().st_size == header.SIZE)
-    assert header_of(maps).state == "ready"
-
-
 def test_a_forked_child_has_no_thread_and_leaves_the_socket_to_its_parent(
     asked: FakeRunner, maps: Path
 ) -> None:
     name = state_of(maps)["control"]
     child = os.fork()
     if child == 0:
-        background.abandon()
         os._exit(int(background.is_running()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (maps / name).exists()
