@@ -5,6 +5,7 @@ map and memory were last found equal.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
