@@ -19,16 +19,21 @@ MODULES = ("imports", "capturing", "streaming", "reading", "residence", "fleet",
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="What the hook costs. Exit status: 0 if every target is met, 1 if not.",
+        description="Measure what the hook costs. Exit status: 0 if every target is met, 1 if not.",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; writes no document")
-    parser.add_argument("--only", nargs="+", choices=MODULES, help="some of it; writes no document")
+    parser.add_argument(
+        "--quick", action="store_true", help="run fewer rounds and write no document"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=MODULES, help="run only these and write no document"
+    )
     parser.add_argument(
         "--prototype",
         default=os.environ.get(baselines.VARIABLE),
-        help=f"directory of the prototype (default: {baselines.VARIABLE})",
+        help="directory of this project's prototype, to compare with "
+        f"(default: ${baselines.VARIABLE})",
     )
-    parser.add_argument("--output", type=Path, help=f"write there instead of {DOCUMENT.name}")
+    parser.add_argument("--output", type=Path, help=f"file to write (default: {DOCUMENT.name})")
     options = parser.parse_args()
     if options.prototype:
         os.environ[baselines.VARIABLE] = os.path.abspath(options.prototype)

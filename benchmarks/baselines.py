@@ -1,9 +1,8 @@
-"""What the hook is held against.
+"""What the hook is compared with.
 
 *The floor* reads the prototype's five fields of every parameter, and nothing else: no map of
-weights can be had for less from Python.  *The prototype* is the seed of this project; it is
-not part of it, so where its files lie is told by ``SEED_PROTOTYPE`` (or ``--prototype``), and
-its rows say "not given" without.
+weights costs less in Python.  *The prototype* is this project's predecessor and not part of it:
+``SEED_PROTOTYPE`` (or ``--prototype``) names its directory; without it the rows say "not given".
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Load:
         self._runner = Runner(model)
 
     def renew(self) -> None:
-        """Another runner; the last one's slot is withdrawn."""
+        """Another runner; the last one's slot is given up."""
         self._runner = Runner(self._model)
 
     def __call__(self) -> None:
@@ -171,18 +171,18 @@ def _faster_or_slower(times: Sample) -> str:
 
 HOW = """\
 A `load` event of a new runner: the slot is claimed, the state written, the model walked, and
-`weight_layout`, `weights_meta`, `total_weight_meta`, `merged_weights_meta` and the state again
-are written. The floor reads the prototype's five fields of `named_parameters()` and dumps them
-with orjson once, to nowhere. SGLang's own code runs in SGLang's environment, beside the hook in
+`weight_layout`, `weights_meta`, `total_weight_meta`, `merged_weights_meta` and the state again are
+written. The floor reads the prototype's five fields of `named_parameters()` and dumps them with
+orjson once, without writing. SGLang's own code runs in SGLang's environment, beside the hook in
 that same process; its transfer engine does nothing."""
 LIMITS = """\
-None of these is within reach of the floor, because the floor does less: it sees parameters only
-and writes nothing. Of the time at 3 118 tensors about a third is the walk over every attribute of
-7 800 modules, which finds what `named_parameters` does not (MLA's `w_kc` and `w_vc`, scales); a
-sixth is noting where tensors are held, so that later buckets can be asked cheaply; a seventh is
-asking each tensor for twelve things instead of five; a third is making and writing five documents,
-three of them the prototype's. On a CPU every tensor is a region of its own, which doubles the last;
-a GPU's allocator puts many into one. The prototype takes twice the floor itself: five times faster
-than that would be faster than the floor, by more than a factor of two. The fixed part is the claim
-of the slot and six files.
+None of these is within reach of the floor, because the floor does less: it sees parameters only and
+writes nothing. Of the time at 3 118 tensors about a third is the walk over every attribute of 7 800
+modules, which finds what `named_parameters` does not (MLA's `w_kc` and `w_vc`, scales); a sixth is
+noting where tensors are held, so that later buckets can be checked cheaply; a seventh is asking
+each tensor for twelve properties instead of five; a third is making and writing five documents,
+three of them in the legacy format. On a CPU every tensor is a region of its own, which doubles the
+last; a GPU's allocator puts many into one. The prototype takes twice the floor itself: five times
+faster than that would be faster than the floor, by more than a factor of two. The fixed part is the
+claim of the slot and six files.
 A load takes tens of seconds; this is a thousandth of it."""

@@ -123,5 +123,5 @@ each. `report` reads all and sums them (`totals.per_gpu`), `verify` runs every c
 replaced file to the wake-up."""
 LIMITS = """\
 `report` is the parse of the JSON (64 files) and one object for each tensor. `verify` looks at
-every field of every tensor against its schema and its neighbours, in Python. Neither keeps
+every field of every tensor against its schema and adjacent tensors, in Python. Neither keeps
 anything from one slot to the next, hence the straight line."""

@@ -177,12 +177,12 @@ def _targets(environment: Environment, variables: Mapping[str, str]) -> list[str
 HOW = """\
 Instructions are callgrind's, of this Python in two virtual environments (`python
 benchmarks/startup.py` does it for every Python found). The second and third rows are CPU time and
-peak memory of `python -c pass` in environments that have SGLang's packages; the prototype imports
-torch and SGLang there. The import is of every module that the hook waits for and that this
-release has, in fresh processes in turns; their noise is larger than the hook, so the last row
-adds up the CPU time of the hook's own code inside such a process: its `find_spec` and all that
-it leads to, the patch core's import, and the wrapping."""
+peak memory of `python -c pass` in environments that have SGLang's packages; the prototype, this
+project's predecessor, imports torch and SGLang there. The import is of every module that the hook
+waits for and that this release has, in fresh processes, interleaved; their noise is larger than the
+hook, so the last row adds up the CPU time of the hook's own code inside such a process: its
+`find_spec` and all that it leads to, the patch core's import, and the wrapping."""
 LIMITS = """\
 At the start: reading one `.pth` line and one compiled module of 8 kB. During SGLang's import: one
-look into a set for each module that anyone imports, and once the patch core with what it imports
-(`logging`, `functools`), which SGLang needs as well."""
+set look-up for each imported module, and once the patch core with what it imports (`logging`,
+`functools`), which SGLang needs as well."""

@@ -1,8 +1,8 @@
 """Measuring on a machine that others use: interleaved rounds, CPU time, medians.
 
-Everything that is compared runs in the same process, in turns, so that what disturbs one
+Everything that is compared runs in the same process, interleaved, so that what disturbs one
 disturbs the other.  The clock is the process's CPU time (``time.process_time``), which does
-not run while somebody else has the core.  A ratio is the median of the rounds' own ratios,
+not run while another process has the core.  A ratio is the median of the rounds' own ratios,
 not the ratio of two medians.
 """
 

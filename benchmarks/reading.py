@@ -124,5 +124,5 @@ LIMITS = """\
 Opening is the standard library's parse, 1.8 x orjson's, and the index, which the first look-up
 builds from two numbers of each tensor; typed objects are made of those that are asked for. A
 look-up is one bisection, the division of an offset by the strides, and the `Hit`: some 2 µs in a
-small document. Among 100 000 tensors it waits for memory, for each tensor that is asked about lies
-elsewhere; the bare `bisect` takes 0.7 µs of it."""
+small document. Among 100 000 tensors it waits for memory, because successive tensors are far
+apart in it; the bare `bisect` takes 0.7 µs."""

@@ -99,7 +99,7 @@ def _peak() -> int:
 HOW = """\
 In a process of its own: resident memory (`/proc/self/statm`) and the collector's objects before
 and after one load of the model, and how many of the model's parameters are alive after the model
-is dropped while the hook goes on knowing the runner. The peak is the process's, while the
+is dropped while the hook still tracks the runner. The peak is the process's, while the
 documents were made."""
 LIMITS = """\
 Kept for each tensor: its name, one row of twelve fields, two lists and the integers in them;

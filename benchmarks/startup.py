@@ -140,7 +140,9 @@ def measure(base: Path, place: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Instructions of `python -c pass`.")
-    parser.add_argument("python", nargs="*", type=Path, help="default: every one that is found")
+    parser.add_argument(
+        "python", nargs="*", type=Path, help="interpreters to measure; default: every one found"
+    )
     pythons = parser.parse_args().python or find_pythons()
     if shutil.which("valgrind") is None:
         print("valgrind is missing: apt-get install valgrind libc6-dbg", file=sys.stderr)

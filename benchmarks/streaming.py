@@ -64,7 +64,7 @@ def replace_two_files(place: str) -> None:
 
 
 def look_at(tensors: list[Any]) -> list[int]:
-    """The addresses of tensors that somebody else has found."""
+    """The addresses of a given list of tensors."""
     return [tensor.data_ptr() for tensor in tensors]
 
 
@@ -216,20 +216,20 @@ def _distribution(what: str, sample: Sample, limit: float = 0.0) -> Line:
 
 
 HOW = """\
-The recorder's `begin` and `finish` around an update that writes nothing, so that all that is left
-is the hook: the lock, the state file twice, and the look whether anything has moved. The
-prototype's part is its `update_weights_metadata`. The floor is a list of the model's tensors that
-somebody else holds, asked for their addresses, and two files of 900 bytes replaced without any
-Python around it. A session is `begin_weight_update` … `end_weight_update` (SGLang ≥ 0.5.21). The
-reader of the last rows is another process; times are wall, from the return of SGLang's method."""
+The recorder's `begin` and `finish` around an update that writes nothing, so that only the hook is
+measured: the lock, the state file twice, and the check whether anything has moved. The prototype's
+part is its `update_weights_metadata`. The floor asks a given list of the model's tensors for their
+addresses and replaces two files of 900 bytes. A session is `begin_weight_update` …
+`end_weight_update` (SGLang ≥ 0.5.21). The reader of the last rows is another process; times are
+wall, from the return of SGLang's method."""
 LIMITS = """\
 No tensor may be kept alive, and none may be missed that was bound anew: so each bucket asks every
 module that holds something (by weak reference) for its dictionaries, and every tensor for its
 address, shape, stride and type, all in C without a loop in Python. The bare addresses are a twelfth
-of that look, the rest of a tensor two fifths, the dictionaries half; the two renames are a tenth of
-the call. The 0.5 ms and the twentieth of the prototype would need a look that skips tensors, and
-so misses what has changed in them. What does help is a session: buckets inside it cost nothing but
-their two calls. Its end looks at every attribute of every module once, 3 355 of them here and some
+of that check, the other properties of a tensor two fifths, the dictionaries half; the two renames
+are a tenth of the call. The 0.5 ms and the twentieth of the prototype would need a check that skips
+tensors, and so misses changes in them. What does help is a session: buckets inside it cost nothing
+but their two calls. Its end walks every attribute of every module once, 3 355 of them here and some
 2 µs each, in case SGLang has made tensors that no bucket had; that is why a hundred buckets and a
 thousand differ so little.
 On ext4 a rename over an existing file starts its write-back, which a state file waits for, up to

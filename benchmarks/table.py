@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What one module of ours has measured."""
+    """What one benchmark module has measured."""
 
     title: str
     lines: list[Line]
@@ -101,7 +101,7 @@ def as_document(sections: Sequence[Section], command: str) -> str:
     lines = [
         "# Benchmarks",
         "",
-        f"Written by `{command}`; every line was measured in that one run, in turns with its",
+        f"Written by `{command}`; every line was measured in that one run, interleaved with its",
         "baseline. Times are CPU time (user and kernel) of the process unless it says wall. A",
         "timing is `median ±half of the interquartile range n=rounds`; a ratio is the median of",
         "the rounds' own ratios.",

@@ -1,8 +1,8 @@
-"""A real SGLang on this CPU, by hand.
+"""Installs and runs a real SGLang on this CPU.
 
-python -m cpu_sglang setup [RELEASE ...]      install, or check what is installed
+python -m cpu_sglang setup [RELEASE ...]      install releases, or check them
 python -m cpu_sglang serve [RELEASE] [...]    serve a tiny model until Ctrl-C
-python -m cpu_sglang releases                 what there is a recipe for
+python -m cpu_sglang releases                 list the releases that can be installed
 """
 
 from __future__ import annotations
@@ -28,23 +28,37 @@ from cpu_sglang.server import Server, ServerFailed
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cpu_sglang",
-        description="A real SGLang on this CPU.",
+        description="Install and run a real SGLang on this CPU.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    setup = commands.add_parser("setup", help="install releases, unless they are there already")
-    setup.add_argument("releases", nargs="*", metavar="RELEASE", default=[BASE_RELEASE])
+    setup = commands.add_parser("setup", help="install SGLang releases that are not installed yet")
+    setup.add_argument(
+        "releases",
+        nargs="*",
+        metavar="RELEASE",
+        default=[BASE_RELEASE],
+        help=f"SGLang releases to install (default: {BASE_RELEASE})",
+    )
 
     serve = commands.add_parser(
         "serve",
         help="serve a tiny model until Ctrl-C",
-        epilog="What follows -- goes to SGLang as it is, for instance: -- --tp 2",
+        epilog="Arguments after -- are passed to SGLang, for instance: -- --tp 2",
     )
-    serve.add_argument("release", nargs="?", metavar="RELEASE", default=BASE_RELEASE)
-    serve.add_argument("--model", type=Path, help="a checkpoint (default: a new tiny one)")
-    serve.add_argument("--cwd", type=Path, default=Path.cwd(), help="where the server runs")
+    serve.add_argument(
+        "release",
+        nargs="?",
+        metavar="RELEASE",
+        default=BASE_RELEASE,
+        help=f"SGLang release to run (default: {BASE_RELEASE})",
+    )
+    serve.add_argument("--model", type=Path, help="checkpoint to serve (default: a new tiny one)")
+    serve.add_argument(
+        "--cwd", type=Path, default=Path.cwd(), help="the server's working directory"
+    )
 
-    commands.add_parser("releases", help="list the releases that there is a recipe for")
+    commands.add_parser("releases", help="list the SGLang releases that can be installed")
 
     ours, theirs = _split_at_dashes(sys.argv[1:])
     options = parser.parse_args(ours)
@@ -84,10 +98,10 @@ def _serve(environment: Environment, model: Path | None, cwd: Path, extra: list[
         )
         with server:
             print(f"ready at {server.url}, process {server.pid}, log {server.log_path}")
-            print("Ctrl-C ends it")
+            print("Ctrl-C stops the server")
             while server.alive:
                 time.sleep(0.5)
-            raise ServerFailed(f"the server ended by itself; its log:\n{server.log_tail()}")
+            raise ServerFailed(f"the server exited by itself; its log:\n{server.log_tail()}")
 
 
 def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:

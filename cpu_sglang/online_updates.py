@@ -79,7 +79,7 @@ class Trainer:
         self.answer_of_b = self.generate()
         self._reload("baseline", a)
         if self.generate() == self.answer_of_b:
-            raise SystemExit("the two checkpoints generate the same: nothing could be told apart")
+            raise SystemExit("both checkpoints generate the same answer: updates cannot be seen")
 
     # -- rounds -------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Trainer:
             joining = background.submit(self._post, "/init_weights_update_group", request)
             try:
                 group = _join_group(port, 1 + self.tp)
-            except RuntimeError:  # nobody came: the server's answer says why
+            except RuntimeError:  # no rank joined: the server's answer says why
                 group = None
             joined = joining.result()
         self._say("/init_weights_update_group", "distributed", joined)
@@ -354,14 +354,22 @@ def main() -> int:
     )
     parser.add_argument("a", type=Path, help="the checkpoint that the server was started with")
     parser.add_argument("b", type=Path, help="the checkpoint to send")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True, help="the server's HTTP port")
     parser.add_argument("--tp", type=int, default=1, help="the server's tensor-parallel size")
-    parser.add_argument("--buckets", type=int, default=1, help="requests per update")
-    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
+    parser.add_argument(
+        "--buckets", type=int, default=1, help="requests into which an update is split"
+    )
+    parser.add_argument(
+        "--routes",
+        nargs="+",
+        choices=ROUTES,
+        default=list(ROUTES),
+        help="update methods to use (default: all)",
+    )
     parser.add_argument(
         "--one-weight-per-request",
         action="store_true",
-        help="the form of /update_weights_from_distributed in SGLang 0.4.7 and older",
+        help="send one weight per request, as SGLang 0.4.7 and older require",
     )
     options = parser.parse_args()
     _share_memory_with_strangers()

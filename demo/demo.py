@@ -1,4 +1,4 @@
-"""The whole story of the hook on this machine: install, serve, read, update, uninstall.
+"""The hook on this machine, step by step: install, serve, read, update, uninstall.
 
 Needs Python 3.11 and pip.  The server is SGLang itself, unchanged, on the CPU; its
 model is a few hundred kilobytes of random numbers.  What is installed for it stays in
@@ -89,8 +89,8 @@ def main() -> int:
     except Exception as failure:  # the reader's, the machine's: cleaned up after all the same
         return _fail(f"the demo stopped: {type(failure).__name__}: {failure}")
     except KeyboardInterrupt:
-        return _fail("interrupted; the server is stopped and the hook taken out.", 130)
-    print(f"\nAll of it worked, in {time.monotonic() - start:.0f} s.")
+        return _fail("interrupted; the server is stopped and the hook uninstalled.", 130)
+    print(f"\nEvery step succeeded, in {time.monotonic() - start:.0f} s.")
     return 0
 
 
@@ -124,7 +124,7 @@ def _run(narrator: Narrator) -> None:
             narrator.say(f"ready; {len(server.group_pids())} processes, in a directory of its own")
 
         published = PublishedMap(serving)
-        with narrator.step("Read the map it has published"):
+        with narrator.step("Read the published map"):
             before = published.settled_layout()
             _show_map(narrator, before)
             _compare_memory(narrator, before, model_a, "A")
@@ -132,12 +132,12 @@ def _run(narrator: Narrator) -> None:
         with narrator.step("Update the weights: POST /update_weights_from_disk"):
             _update(narrator, server, published, before, model_b)
 
-        with narrator.step("Ask for the weights' memory back, and resume"):
+        with narrator.step("Release the weights' memory, and resume"):
             _release_and_resume(narrator, server, published)
 
         with narrator.step("Stop the server"):
             server.stop()
-            narrator.say("no process of it is left")
+            narrator.say("all its processes have exited")
 
         with narrator.step("Uninstall the hook"):
             _run_script(narrator, UNINSTALL, environment)
@@ -148,7 +148,7 @@ def _prepare(narrator: Narrator, scratch: Path) -> tuple[Environment, Path, Path
     environment = ensure_environment(BASE_RELEASE, narrator.say)
     narrator.say(f"the environment is {_shown(environment.venv)}")
     if (environment.purelib / "sglang_injector.pth").exists():
-        narrator.say("an earlier run was killed and left the hook in it: taking that out first")
+        narrator.say("an earlier run was killed and left the hook installed; uninstalling it")
         _run_script(narrator, UNINSTALL, environment)
     models = []
     for name, seed in (("A", 0), ("B", 1)):
@@ -187,9 +187,9 @@ def _compare_memory(
     try:
         found, compared = evidence.weights_in_place(layout, checkpoint)
     except PermissionError:
-        narrator.say("(this machine does not let us look into the server's memory to compare)")
+        narrator.say("(not compared: this machine does not permit reading the server's memory)")
         return
-    narrator.say(f"looked into that memory: {found} of {compared} weights are checkpoint {name}'s")
+    narrator.say(f"bytes in memory: {found} of {compared} weights equal checkpoint {name}'s")
     if found != compared or not compared:
         raise DemoFailed(f"only {found} of {compared} published addresses hold their weight")
 
@@ -219,9 +219,9 @@ def _update(
     narrator.say(f"addresses: {counts}")
     _compare_memory(narrator, after, model_b, "B")
     if said_after == said_before:
-        raise DemoFailed("the update succeeded and the model still says the same")
+        raise DemoFailed("the update succeeded, but the model generates the same answer")
     if after["content_generation"] <= before["content_generation"]:
-        raise DemoFailed("the weights changed and their published generation did not")
+        raise DemoFailed("the weights changed, but content_generation did not rise")
 
 
 def _release_and_resume(narrator: Narrator, server: Server, published: PublishedMap) -> None:
@@ -235,9 +235,9 @@ def _release_and_resume(narrator: Narrator, server: Server, published: Published
                 raise DemoFailed(f"{route} was answered {status}: {answer}")
     narrator.say(f"state: {history}")
     same = "the same as before" if server.generate() == said else "something else"
-    narrator.say(f"the model says {same}")
-    narrator.say("In truth nothing was freed: SGLang takes these requests anywhere, but gives")
-    narrator.say("memory back only on a GPU, when started with --enable-memory-saver.")
+    narrator.say(f"the model generates {same}")
+    narrator.say("No memory was freed: SGLang accepts these requests everywhere, but frees memory")
+    narrator.say("only on a GPU, when started with --enable-memory-saver.")
 
 
 def _expect_nothing_left(
@@ -248,7 +248,7 @@ def _expect_nothing_left(
 ) -> None:
     left = evidence.difference(files_before, evidence.files_below(environment.purelib))
     if left:
-        raise DemoFailed(f"site-packages is not what it was: {', '.join(left[:10])}")
+        raise DemoFailed(f"site-packages differs from before: {', '.join(left[:10])}")
     narrator.say(f"site-packages: {len(files_before):,} files and folders, each as it was")
     extra = _modules(environment) ^ modules_before
     if extra:
@@ -320,10 +320,10 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    sentence, _, rest = message.partition("\n")
+    sentence, _, details = message.partition("\n")
     print(f"\ndemo: {sentence}", file=sys.stderr)
-    if rest:
-        print(re.sub("^", "  ", rest, flags=re.MULTILINE), file=sys.stderr)
+    if details:
+        print(re.sub("^", "  ", details, flags=re.MULTILINE), file=sys.stderr)
     return status
 
 

@@ -44,7 +44,7 @@ def files_below(directory: Path) -> dict[str, str]:
     """Every file with its hash, and every folder and link.
 
     A ``.pyc`` in a ``__pycache__`` is left out while its source is there: using Python
-    makes those, and no installer.  One without its source is somebody's leftover.
+    makes those, and no installer.  One without its source was left by an installer.
     """
     found = {}
     for path in directory.rglob("*"):

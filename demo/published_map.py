@@ -33,14 +33,12 @@ class PublishedMap:
             if layout["state"] != "loading":
                 return layout
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"the map still says that weights are loading, {timeout:.0f} s on"
-                )
+                raise RuntimeError(f"the published state is still loading after {timeout:.0f} s")
             time.sleep(0.1)
 
 
 class StateHistory:
-    """Watches the state file while something happens: a test of what an outsider sees."""
+    """The states that another process sees in the state file while something happens."""
 
     def __init__(self, published: PublishedMap) -> None:
         self.states: list[str] = []

@@ -18,11 +18,11 @@ def table(tensors: dict[str, dict[str, Any]]) -> Iterator[str]:
     prefix = ""
     for name in sorted(tensors, key=_natural_order):
         tensor = tensors[name]
-        its_prefix, rest = _split_at_layer(name)
+        its_prefix, suffix = _split_at_layer(name)
         if its_prefix and its_prefix != prefix:
             rows.append((its_prefix,))
         prefix = its_prefix
-        rows.append(("  " + rest if its_prefix else rest, *_columns(tensor)))
+        rows.append(("  " + suffix if its_prefix else suffix, *_columns(tensor)))
 
     full = [row for row in rows if len(row) > 1]
     widths = [max(map(len, column)) for column in zip(_HEADINGS, *full)]
@@ -44,7 +44,7 @@ def totals(layout: dict[str, Any]) -> Iterator[str]:
     for device, amounts in layout["totals"].items():
         sizes = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in amounts.items())
         yield f"{device}: {sizes}"
-    yield f"{len(layout['regions'])} regions to register, of neighbouring weights merged"
+    yield f"{len(layout['regions'])} regions to register, each of adjacent weights"
 
 
 def _columns(tensor: dict[str, Any]) -> tuple[str, ...]:

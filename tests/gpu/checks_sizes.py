@@ -56,7 +56,7 @@ def tensor_parallel(report: Report, python: Path, a: Path, b: Path, folder: Path
 
 
 def check_shards(whole: hook.Document, ranks: Sequence[hook.Document]) -> dict[str, int]:
-    """Each tensor is whole on every rank, or split along one dimension without a rest."""
+    """Each tensor is whole on every rank, or split along one dimension without a remainder."""
     seen = {"split": 0, "replicated": 0, "bytes": 0}
     assert all(document.tensors.keys() == whole.tensors.keys() for document in ranks)
     for name, tensor in whole.tensors.items():

@@ -89,7 +89,7 @@ def test_what_is_live_and_unexplained_is_what_was_live_before_and_the_rounding(
     assert rounding <= len(starts) * MIB
 
 
-def test_a_live_tensor_that_is_nobodys_weight_is_other_live_memory(
+def test_a_live_tensor_that_is_no_weight_is_other_live_memory(
     runner: FakeRunner, layout: Any, maps: Path
 ) -> None:
     activation = torch.zeros(4 * MIB, dtype=torch.uint8, device="cuda")
