@@ -49,7 +49,7 @@ def ratios(over: Sample, under: Sample) -> Sample:
 
 
 def rotated(names: Iterable[str], turn: int) -> list[str]:
-    """Everybody's name once, each time another one first.
+    """Every name once, each time another one first.
 
     >>> rotated("abc", 4)
     ['b', 'c', 'a']

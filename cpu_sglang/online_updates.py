@@ -291,7 +291,7 @@ def _share_memory_with_strangers() -> None:
 
     By file descriptor, its default, the server's scheduler dies trying: it may not have
     ours.  Sharing by name starts a daemon that lives as long as the server holds the
-    memory, with our stdout: whoever reads that to its end would wait for the server to
+    memory, with our stdout: a reader of that to its end would wait for the server to
     end.  So it is started now, while stdout and stderr lead nowhere.
     """
     torch: Any = importlib.import_module("torch")

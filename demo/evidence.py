@@ -79,7 +79,7 @@ def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 
 def modules_at_start(python: Path, env: dict[str, str]) -> set[str]:
-    """What a new interpreter has imported before the first line of anybody's program."""
+    """What a new interpreter has imported before the first line of a program."""
     command = [str(python), "-c", "import sys; print(*sys.modules)"]
     answer = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return set(answer.stdout.split())

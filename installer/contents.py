@@ -169,7 +169,7 @@ def directories(paths: Iterable[str]) -> set[str]:
 
 
 def is_ours(path: str) -> bool:
-    """Whether a path, out of a RECORD that anybody may have edited, can be one of our files."""
+    """Whether a path, out of a RECORD that may have been edited, can be one of our files."""
     parts = path.split("/")
     if path != posixpath.normpath(path) or ".." in parts or path.startswith("/"):
         return False

@@ -84,9 +84,9 @@ def examine(purelib: str) -> Liveness:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Liveness(*(f"no interpreter answered within {TIMEOUT} s",) * 2)
+        return Liveness(*(f"nothing answered within {TIMEOUT} s",) * 2)
     except OSError as error:
-        return Liveness(*(f"no interpreter could be started: {error}",) * 2)
+        return Liveness(*(f"nothing could be started: {error}",) * 2)
 
     verdicts = {}
     for line in done.stdout.decode(errors="replace").splitlines():
@@ -95,5 +95,5 @@ def examine(purelib: str) -> Liveness:
             who, _, verdict = answer.partition(" ")
             verdicts[who] = str(ast.literal_eval(verdict))
     complaint = done.stderr.decode(errors="replace").strip().splitlines()
-    silence = "no interpreter answered" + (f": {complaint[-1]}" if complaint else "")
+    silence = "nothing answered" + (f": {complaint[-1]}" if complaint else "")
     return Liveness(verdicts.get("fresh", silence), verdicts.get("child", silence))

@@ -88,7 +88,7 @@ def survey(disk: Disk, root: str) -> Present:
     remembered: list[bool] = []
     claimed = set(contents.ROOT_FILES)
     # Files of this very release are ours with or without a record: the record may be what an
-    # interrupted run, or somebody's rm, took first.
+    # interrupted run, or a manual rm, took first.
     claimed.update(contents.sources(root))
 
     if disk.exists(JOURNAL):
@@ -120,7 +120,7 @@ def survey(disk: Disk, root: str) -> Present:
     present.files = {path for path in claimed if disk.exists(path)}
     present.pycache_existed = remembered[0] if remembered else _pycache_is_others(disk, compiled)
 
-    # The one __pycache__ that may be somebody else's is left to `pycache_existed`.
+    # The one __pycache__ that may belong to others is left to `pycache_existed`.
     directories = contents.directories(claimed) - {"__pycache__"}
     present.directories = sorted(directories, key=lambda path: (-path.count("/"), path))
     present.temporaries = [
@@ -141,8 +141,8 @@ def record(disk: Disk, dist_info: str) -> list[tuple[str, str]]:
 def refuse_odd_places(disk: Disk, paths: set[str]) -> None:
     """Refuse to work through a symbolic link, or where a directory and a file changed roles.
 
-    Somebody linked the package to a checkout, or planted the link: whichever it is, what lies
-    behind it is not ours to write or to remove.
+    The package may have been linked to a checkout, or the link planted: in either case its
+    target is not ours to write or to remove.
     """
     for directory in sorted(contents.directories(paths)):
         place = disk.absolute(directory)

@@ -20,7 +20,7 @@ from .selection import directories_of, heading
 )
 def report(
     directories: DirsOption = None,
-    gone: Annotated[
+    count_stale: Annotated[
         bool, typer.Option("--gone", help="Also count stale slots, whose owner has exited.")
     ] = False,
     as_json: JsonOption = False,
@@ -36,7 +36,7 @@ def report(
             alive = slot.owner_alive()
             entry: dict[str, Any] = {"dir": found.path, "owner_alive": alive, "slot": slot.name}
             slots.append(entry)
-            entry["counted"] = alive or gone
+            entry["counted"] = alive or count_stale
             if not entry["counted"]:
                 if not as_json:
                     complain(

@@ -22,7 +22,7 @@ class Sources:
     def defines(self, module: str, owner: str, name: str, depth: int = 4) -> bool:
         """Whether ``module`` has function ``name``, in class ``owner`` unless that is empty.
 
-        Bases and names imported from elsewhere in SGLang are followed.
+        Bases and names imported from other modules of SGLang are followed.
         """
         tree = self._tree(module)
         if tree is None or depth == 0:

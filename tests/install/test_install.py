@@ -69,7 +69,7 @@ def test_record_lists_every_file_with_its_hash(target: Target) -> None:
         assert (expected, size) == (f"sha256={value}", str(len(data)))
 
 
-def test_everybody_who_reads_site_packages_reads_the_files(target: Target) -> None:
+def test_every_user_who_reads_site_packages_reads_the_files(target: Target) -> None:
     for umask in (0o022, 0o077):
         target.empty()
         done = subprocess.run(
@@ -236,12 +236,12 @@ def test_an_immutable_directory_is_refused(target: Target) -> None:
     assert tree(target.purelib) == {}
 
 
-def test_somebody_elses_directory_is_refused(tmp_path: Path) -> None:
+def test_another_users_directory_is_refused(tmp_path: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody else")
+        pytest.skip("only root can become another user")
     base = Path("/usr/bin/python3")
     if not base.exists():
-        pytest.skip("needs a Python that everybody may execute")
+        pytest.skip("needs a Python that every user may execute")
     done = subprocess.run(
         ["setpriv", "--reuid=65534", "--clear-groups", base, "-c",
          "import sys; assert sys.version_info >= (3, 9)"],
@@ -255,7 +255,7 @@ def test_somebody_elses_directory_is_refused(tmp_path: Path) -> None:
     ).stdout.strip()  # fmt: skip
     if not os.path.isdir(purelib) or os.stat(purelib).st_mode & 0o002:
         pytest.skip("/usr/bin/python3 has no purelib that is closed to others")
-    # It becomes somebody else only after the import: this checkout may be closed to others.
+    # It becomes another user only after the import: this checkout may be closed to others.
     lines = (
         "import os, sys; sys.path.insert(0, sys.argv[1]); import installer.command as c; "
         "os.setgroups([]); os.setgid(65534); os.setuid(65534); "
