@@ -16,7 +16,7 @@ from .footprint import Footprint, footprint_of, places_of
 from .kv_cache import kv_cache
 from .rows import Row, allocation_kinds, allocations_of, row_of
 from .volatile import lora_attributes, volatile_names
-from .walk import Wrappers, lora_pool, plain_tensors, walk_model
+from .walk import Wrappers, lora_pool, no_pause, plain_tensors, walk_model
 
 
 class Capture(NamedTuple):
@@ -176,7 +176,7 @@ def live_tensors(runner: Any, captured: Capture) -> list[tuple[str, Any]]:
     return list(found.items())
 
 
-def moved(before: Optional[Capture], runner: Any) -> bool:
+def moved(before: Optional[Capture], runner: Any, pause: Callable[[], None] = no_pause) -> bool:
     """Whether a tensor of the model lies elsewhere than in ``before``, or has come or gone.
 
     The quick question after each bucket of a long update.  Parameters, buffers and every
@@ -186,11 +186,11 @@ def moved(before: Optional[Capture], runner: Any) -> bool:
     address yet that could be out of date.
     """
     footprint = before.footprint if before is not None else None
-    return footprint is None or places_of(footprint, runner.model) != footprint.places
+    return footprint is None or places_of(footprint, runner.model, pause) != footprint.places
 
 
 def nothing_new(
-    before: Optional[Capture], runner: Any, pause: Optional[Callable[[], None]] = None
+    before: Optional[Capture], runner: Any, pause: Callable[[], None] = no_pause
 ) -> bool:
     """Whether the model holds no more tensors than in ``before``; of one that has not `moved`.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, NamedTuple, Optional
 
-from .walk import Keys, Walk, is_wrapper
+from .walk import Keys, Walk, is_wrapper, no_pause
 
 # Of all tensors, in one order: names, addresses, shapes, strides and dtypes.
 Places = tuple[list[str], list[int], list[Any], list[Any], list[Any]]
@@ -83,11 +84,14 @@ def footprint_of(model: Any, walk: Walk, device_type: str) -> Optional[Footprint
     return None if places is None else footprint._replace(places=places)
 
 
-def places_of(footprint: Footprint, model: Any) -> Optional[Places]:
+def places_of(
+    footprint: Footprint, model: Any, pause: Callable[[], None] = no_pause
+) -> Optional[Places]:
     """What tensors there are and where, of which shape and type; None where one can't be asked.
 
     This is what the end of a stream waits for: all modules and all tensors are asked for one
-    thing after the other, without a loop over them in Python.
+    thing after the other, without a loop over them in Python.  ``pause``: called in between, so
+    that other threads need not wait for the interpreter.
     """
     import torch
 
@@ -96,9 +100,13 @@ def places_of(footprint: Footprint, model: Any) -> Optional[Places]:
         if found is None:
             return None
         names, tensors = found
+        pause()
         shapes: list[Any] = list(map(torch.Tensor.size, tensors))
+        pause()
         strides: list[Any] = list(map(torch.Tensor.stride, tensors))
+        pause()
         dtypes = list(map(_dtype_of, tensors))
+        pause()
         addresses = list(map(torch.Tensor.data_ptr, tensors))
     except Exception:  # an uninitialised parameter
         return None

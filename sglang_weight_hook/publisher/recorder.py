@@ -19,8 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 from ..layout.states import KV_CACHE, RELEASED, RESIDENT, TAGS, WEIGHTS
@@ -76,20 +75,30 @@ _busy = False  # whether the mutex's owner is at work on what the mutex guards
 _requests = threading.local()  # .stack: the requests under way on a thread, the innermost last
 
 
-@contextmanager
-def _exclusive() -> Iterator[None]:
-    """The mutex, with the slots of dead runners reaped at both ends."""
-    global _busy
-    with _mutex:
-        nested, _busy = _busy, True
+class _Exclusive:
+    """The mutex, with the slots of dead runners reaped at both ends.
+
+    A class, for each bucket enters it twice, and a generator would take several times as long.
+    """
+
+    __slots__ = ("_held", "_nested")
+
+    def __enter__(self) -> None:
+        global _busy
+        self._held = _mutex  # a forked child has another one
+        self._held.acquire()
+        self._nested, _busy = _busy, True
+        if _dead:
+            _guarded(_reap)
+
+    def __exit__(self, *error: object) -> None:
+        global _busy
         try:
             if _dead:
-                _reap()
-            yield
-            if _dead:
-                _reap()
+                _guarded(_reap)
         finally:
-            _busy = nested
+            _busy = self._nested
+            self._held.release()
 
 
 def begin(
@@ -108,7 +117,7 @@ def begin(
     if effect not in EFFECTS:
         raise ValueError(f"unknown effect {effect!r}")
     begun = Begun(Call(), kind, effect, details or {}, list(missing), list(runners), [])
-    with _exclusive():
+    with _Exclusive():
         if effect == "settle":
             _building.add(begun.call)
         # What a constructor's runners are is known when it has returned.
@@ -120,7 +129,7 @@ def begin(
 def finish(begun: Begun, result: Any, error: Optional[BaseException]) -> None:
     """It has returned ``result``, or raised ``error``."""
     success, message = outcome(result, error)
-    with _exclusive():
+    with _Exclusive():
         _building.discard(begun.call)
         if begun.effect in ("settle", "build"):
             if error is not None:
@@ -226,7 +235,7 @@ def finish_request(request: Request, result: Any, error: Optional[BaseException]
     if not request.participants:
         return
     success, message = outcome(result, error)
-    with _exclusive():
+    with _Exclusive():
         if not success:
             # SGLang has no session then, though some of its runners may have begun one.
             for tracked, opener in request.opened:
@@ -423,7 +432,10 @@ class _Recorder:
         due, waits = [], []
         for tracked in _Recorder.runners():
             event = tracked.event
-            if event is None or not tracked.stream_open:
+            if event is None or not event.is_stream:
+                continue
+            if not tracked.stream_open:
+                waits.append(quiet)  # a bucket is being written at this moment
                 continue
             left = 0.0 if event.is_last or everything else event.last_return + quiet - now
             if left > 0.0:
@@ -434,7 +446,7 @@ class _Recorder:
             # Looked at before the mutex is taken, which a further bucket would wait for.
             versions = {tracked: tracked.version for tracked in due}
             holds = {tracked: tracked.stream_holds() for tracked in due}
-            with _exclusive():
+            with _Exclusive():
                 over = [
                     tracked
                     for tracked in due
@@ -455,7 +467,7 @@ class _Recorder:
         if not _mutex.acquire(blocking=False):
             return holds  # an event is beginning or ending, which looks for itself
         try:
-            with _exclusive():
+            with _Exclusive():
                 if tracked not in _tracked.values():
                     return None
                 if holds:

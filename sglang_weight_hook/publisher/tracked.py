@@ -261,7 +261,7 @@ class Tracked:
         if runner is None or captured is None or self.is_busy:
             return None
         try:
-            holds = not capturing.moved(captured, runner)
+            holds = not capturing.moved(captured, runner, _let_others_run)
             if holds and thoroughly:
                 holds = capturing.nothing_new(captured, runner, pause=_let_others_run)
             if not holds:
@@ -307,7 +307,7 @@ class Tracked:
         if runner is None or captured is None:
             return None
         try:
-            return not capturing.moved(captured, runner)
+            return not capturing.moved(captured, runner, _let_others_run)
         except Exception:
             return None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ..layout.documents import ATTRIBUTE, BUFFER, PARAMETER
 
@@ -56,7 +56,11 @@ class Walk(NamedTuple):
     paged: set[str]  # names of parameters that are caches of experts kept on the host
 
 
-def walk_model(model: Any, pause: Optional[Callable[[], None]] = None) -> Walk:
+def no_pause() -> None:
+    pass
+
+
+def walk_model(model: Any, pause: Callable[[], None] = no_pause) -> Walk:
     """Our own walk, since ``named_parameters`` drops tied names, and with
     ``remove_duplicate=False`` would never end on a module that contains itself.
     """
@@ -86,7 +90,7 @@ def walk_model(model: Any, pause: Optional[Callable[[], None]] = None) -> Walk:
         if id(module) in above:
             continue
         visited += 1
-        if pause is not None and not visited % _BETWEEN_PAUSES:
+        if not visited % _BETWEEN_PAUSES:
             pause()
         if type(module).__module__.startswith(_PAGED_EXPERTS):
             paged.update(_paged_names(prefix, module))
