@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
-    from typing import Optional
+    from typing import Any, Optional
 
 OFF_SWITCH = "SGLANG_WEIGHT_HOOK"
 DEBUG_SWITCH = "SGLANG_WEIGHT_HOOK_DEBUG"
@@ -122,10 +122,67 @@ class _Finder:
         finally:
             _walking.discard(key)
         # Without a loader that has exec_module (a namespace package, a legacy loader) there is
-        # nothing to wait for; the import goes on as if we were not here.
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            _ask_core("stand_in", fullname, spec)
+        # nothing to wait for; the import goes on as if we were not here.  Nothing is imported:
+        # the import system holds its global lock while it asks finders.
+        if (
+            spec is not None
+            and hasattr(spec.loader, "exec_module")
+            and not isinstance(spec.loader, _StandIn)
+        ):
+            spec.loader = _StandIn(spec.loader, spec)
         return spec
+
+
+class _StandIn:
+    """Stands in for a module's own loader until the module executes; then it is patched.
+
+    Everything but ``exec_module`` is the original's: ``create_module``, ``get_code``,
+    ``get_source``, ``get_data``, resource readers.
+    """
+
+    def __init__(self, original: "Any", spec: "Any" = None) -> None:
+        self._original = original
+        self._spec = spec
+
+    def __getattr__(self, name: str) -> "Any":
+        if name == "_original":  # before __init__, as when copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._original, name)
+
+    def get_code(self, fullname: str) -> "Any":
+        # All that ``python -m`` asks for.  The spec that it asked with becomes that of
+        # __main__, so our traces go now.
+        if self._spec is not None and self._spec.loader is self:
+            self._spec.loader = self._original
+        return self._original.get_code(fullname)
+
+    def exec_module(self, module: "ModuleType") -> None:
+        original = self._original
+        # First of all our traces go: code that the module runs while it executes, and
+        # everyone afterwards, sees the loader that an unpatched import leaves behind.
+        spec = getattr(module, "__spec__", None)
+        if spec is not None and spec.loader is self:
+            spec.loader = original
+        if getattr(module, "__loader__", None) is self:
+            try:
+                module.__loader__ = original
+            except AttributeError:
+                pass
+        # Who has taken us for the module's own loader and puts us back later (ddtrace does)
+        # shall have put back as good as that one.  Loaders written in C do not let us.
+        try:
+            self.__class__ = type(original)
+            self.__dict__ = original.__dict__
+        except (AttributeError, TypeError):
+            pass
+        original.exec_module(module)
+        _ask_core("patch", module.__name__, module)
+
+    # The import system cuts its own frames out of the traceback of a failing import.  It
+    # knows them by this file name (CPython, Python/import.c, remove_importlib_frames), and
+    # our frame stands in the middle of them: with the same name it goes too, and a module
+    # that fails to import shows the traceback that it shows without us.
+    exec_module.__code__ = exec_module.__code__.replace(co_filename="<frozen importlib._bootstrap>")
 
 
 def _ask_core(function: str, name: str, argument: object) -> None:

@@ -156,65 +156,15 @@ REQUESTS = (
 TARGET_MODULES = frozenset(entry.module for entry in (*ENTRY_POINTS, *REQUESTS))
 
 
-# --- waiting for a module -----------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------
 
 
-def stand_in(spec: Any) -> None:
-    """Have the module of ``spec`` patched as soon as it has executed."""
-    if not isinstance(spec.loader, StandIn):
-        spec.loader = StandIn(spec.loader, spec)
-
-
-class StandIn:
-    """Stands in for a module's own loader until the module executes.
-
-    Everything but ``exec_module`` is the original's: ``create_module``, ``get_code``,
-    ``get_source``, ``get_data``, resource readers.
-    """
-
-    def __init__(self, original: Any, spec: Any = None) -> None:
-        self._original = original
-        self._spec = spec
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_original":  # before __init__, as when copied or unpickled
-            raise AttributeError(name)
-        return getattr(self._original, name)
-
-    def get_code(self, fullname: str) -> Any:
-        # All that ``python -m`` asks for.  The spec that it asked with becomes that of
-        # __main__, so our traces go now.
-        if self._spec is not None and self._spec.loader is self:
-            self._spec.loader = self._original
-        return self._original.get_code(fullname)
-
-    def exec_module(self, module: ModuleType) -> None:
-        original = self._original
-        # First of all our traces go: code that the module runs while it executes, and
-        # everyone afterwards, sees the loader that an unpatched import leaves behind.
-        spec = getattr(module, "__spec__", None)
-        if spec is not None and spec.loader is self:
-            spec.loader = original
-        if getattr(module, "__loader__", None) is self:
-            try:
-                module.__loader__ = original
-            except AttributeError:
-                pass
-        # Who has taken us for the module's own loader and puts us back later (ddtrace does)
-        # shall have put back as good as that one.  Loaders written in C do not let us.
-        try:
-            self.__class__ = type(original)
-            self.__dict__ = original.__dict__
-        except (AttributeError, TypeError):
-            pass
-        original.exec_module(module)
-        _patch_or_say(module)
-
-    # The import system cuts its own frames out of the traceback of a failing import.  It
-    # knows them by this file name (CPython, Python/import.c, remove_importlib_frames), and
-    # our frame stands in the middle of them: with the same name it goes too, and a module
-    # that fails to import shows the traceback that it shows without us.
-    exec_module.__code__ = exec_module.__code__.replace(co_filename="<frozen importlib._bootstrap>")
+def patch(module: ModuleType) -> None:
+    """Wrap what ``module``, which has executed, has of the table.  Never raises."""
+    try:
+        patch_module(module)
+    except Exception as error:
+        _log_once("patching " + module.__name__, error)
 
 
 def catch_up(is_ours: Callable[[object], bool]) -> None:
@@ -222,7 +172,7 @@ def catch_up(is_ours: Callable[[object], bool]) -> None:
 
     A finder that came in front of ours later, and that answers for SGLang's modules by asking
     ``PathFinder`` alone (the import hooks of run-time type checkers do), keeps their imports
-    from us.  SGLang's plugin door, which activates the hook a second time, makes up for it.
+    from us.  SGLang's plugin entry point, which activates the hook a second time, makes up for it.
     """
     if not is_ours(sys.meta_path[0]):
         ours = [finder for finder in sys.meta_path if is_ours(finder)]
@@ -236,14 +186,7 @@ def catch_up(is_ours: Callable[[object], bool]) -> None:
         # A module still executing is patched by its stand-in, or is being executed by
         # somebody else's thread: its class may not exist yet.
         if module is not None and not getattr(spec, "_initializing", False):
-            _patch_or_say(module)
-
-
-def _patch_or_say(module: ModuleType) -> None:
-    try:
-        patch_module(module)
-    except Exception as error:
-        _log_once("patching " + module.__name__, error)
+            patch(module)
 
 
 # --- whose weights ------------------------------------------------------------------------

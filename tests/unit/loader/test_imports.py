@@ -212,3 +212,52 @@ def test_a_target_inside_a_zip_is_patched(python: RunPython, package: Path, tmp_
         f"print(inspect.getsource(sys.modules[{RUNNER!r}])[:18].strip())"
     )
     assert done.stdout == "True False zipimporter set()\nclass ModelRunner\n"
+
+
+def test_the_finder_imports_nothing(python: RunPython) -> None:
+    # The import system holds its global lock while finders are asked: to import the core there
+    # waits for a thread that is importing it, which may wait for that very lock.
+    code = (
+        INSTALL
+        + f"""
+import sys
+finder = sys.meta_path[0]
+import sglang.srt.model_executor as package
+before = set(sys.modules)
+spec = finder.find_spec({RUNNER!r}, package.__path__)
+print(spec is not None, sorted(set(sys.modules) - before))
+"""
+    )
+    assert python(code).stdout == "True []\n"
+
+
+def test_a_target_imported_while_another_thread_imports_the_core_ends_no_deadlock(
+    python: RunPython,
+) -> None:
+    code = (
+        f"""
+import faulthandler, importlib.machinery, sys, threading, time
+faulthandler.dump_traceback_later(20, exit=True)
+{INSTALL.strip()}
+import sglang.srt.model_executor
+sys.modules.pop("logging", None)  # so that the core has something left to import
+begun = threading.Event()
+execute = importlib.machinery.SourceFileLoader.exec_module
+def slowly(self, module):
+    if module.__name__ == "sglang_weight_hook_patch_core":
+        begun.set()
+        time.sleep(0.5)
+    return execute(self, module)
+importlib.machinery.SourceFileLoader.exec_module = slowly
+core = threading.Thread(target=__import__, args=("sglang_weight_hook_patch_core",))
+core.start()
+begun.wait()
+target = threading.Thread(target=__import__, args=({RUNNER!r},))
+target.start()
+core.join()
+target.join()
+ModelRunner = sys.modules[{RUNNER!r}].ModelRunner
+print({PATCHED})
+"""
+    )
+    assert python(code).stdout == "True\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fake_package import INSTALL, MODEL_RUNNER, RUNNER, UPDATER, RunPython
 
-import sglang_weight_hook_patch_core as core
+import sglang_patch_loader as loader
 
 PORTRAIT = f"""
 import importlib.resources, inspect, pickle, sys, importlib
@@ -85,8 +85,8 @@ def test_an_executed_target_leaves_no_spec_of_ours_behind(python: RunPython) -> 
         + f"""
 import gc, {RUNNER}, {UPDATER}
 gc.collect()
-import sglang_weight_hook_patch_core as core
-print([type(x).__name__ for x in gc.get_objects() if type(x) is core.StandIn])
+import sglang_patch_loader
+print([type(x).__name__ for x in gc.get_objects() if type(x) is sglang_patch_loader._StandIn])
 """
     )
     assert done.stdout == "[]\n"
@@ -95,7 +95,7 @@ print([type(x).__name__ for x in gc.get_objects() if type(x) is core.StandIn])
 def test_the_stand_in_survives_copy_and_pickle() -> None:
     import copy
 
-    stand_in = core.StandIn("an original")
+    stand_in = loader._StandIn("an original")
     assert copy.copy(stand_in).upper() == "AN ORIGINAL"
     with pytest.raises(AttributeError):
         stand_in.no_such_attribute  # noqa: B018
