@@ -129,7 +129,7 @@ class _Finder:
             and hasattr(spec.loader, "exec_module")
             and not isinstance(spec.loader, _StandIn)
         ):
-            spec.loader = _StandIn(spec.loader, spec)
+            spec.loader = _StandIn(spec.loader, spec)  # type: ignore[assignment]
         return spec
 
 

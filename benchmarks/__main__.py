@@ -13,7 +13,16 @@ from . import baselines, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
-MODULES = ("imports", "capturing", "streaming", "reading", "residence", "fleet", "serving")
+MODULES = (
+    "imports",
+    "capturing",
+    "streaming",
+    "checking",
+    "reading",
+    "residence",
+    "fleet",
+    "serving",
+)
 
 
 def main() -> int:

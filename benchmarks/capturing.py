@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cpu_sglang.environment import ensure_environment
-from sglang_weight_hook.layout import location
-from sglang_weight_hook.publisher import recorder, settings
+from sglang_weight_hook.layout import location, variables
+from sglang_weight_hook.publisher import background, recorder, settings
 
 from . import baselines, table
 from .measure import Sample, fit, ratios, side_by_side
@@ -31,22 +31,30 @@ RESIDUAL = 0.25
 
 
 @contextlib.contextmanager
-def published() -> Iterator[str]:
-    """An output directory, where both the hook and the prototype write; the current one."""
+def published(check_seconds: float = 0.0, quiet_ms: float = 0.0) -> Iterator[str]:
+    """An output directory, where both the hook and the prototype write; the current one.
+
+    ``check_seconds``, ``quiet_ms``: as in the environment; by default without the thread.
+    """
     before = os.getcwd()
-    variable = os.environ.get(location.DIRECTORY)
+    names = (location.DIRECTORY, variables.CHECK_SECONDS, variables.QUIET_MS)
+    kept = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
         os.chdir(place)
         os.environ[location.DIRECTORY] = os.path.join(place, "maps")
+        os.environ[variables.CHECK_SECONDS] = str(check_seconds)
+        os.environ[variables.QUIET_MS] = str(quiet_ms)
         settings._base = settings._settings = None
         try:
             yield os.environ[location.DIRECTORY]
         finally:
+            background.stop()
             recorder._after_fork_in_child()  # forget every runner, let go of every lock
             os.chdir(before)
-            os.environ.pop(location.DIRECTORY)
-            if variable is not None:
-                os.environ[location.DIRECTORY] = variable
+            for name, value in kept.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
             settings._base = settings._settings = None
 
 

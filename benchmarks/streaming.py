@@ -1,18 +1,16 @@
-"""Buckets of an update: one call, a whole sync, and how soon a reader knows."""
+"""Buckets of an update: a further one, a whole sync, and how soon a reader knows."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sglang_weight_hook.layout import files
-from sglang_weight_hook.publisher import recorder
+from sglang_weight_hook.layout.variables import DEFAULT_QUIET_MS
+from sglang_weight_hook.publisher import recorder, settings
 
 from . import baselines, table
 from .capturing import Load, published
@@ -21,12 +19,14 @@ from .models import Runner, make_model
 from .table import Line, Section
 
 COUNT = 1342
-#: The prototype's update call against ours, and ours in CPU seconds.
-CHEAPER, LIMIT = 20.0, 0.5e-3
-#: CPU of the hook in a sync that takes a second, at this many buckets.
-SYNC_SHARE, SYNC_SECONDS, SYNC_BUCKETS = 0.01, 1.0, 100
-#: Wall seconds from the publication until a reader that waits has the new state.
-WAKE = 10e-3
+#: CPU seconds of SGLang's thread for a further bucket.
+LIMIT = 30e-6
+#: CPU of SGLang's thread in a sync that takes a second, by the number of its buckets.
+SYNC_SECONDS = 1.0
+SYNC_SHARES = {100: 0.005, 1000: 0.03}
+#: Wall seconds from the last bucket's return until the state is ready, beyond the quiet time; and
+#: where SGLang says which bucket is the last.
+AFTER_QUIET, AFTER_LAST = 20e-3, 10e-3
 
 
 class Bucket:
@@ -41,94 +41,81 @@ class Bucket:
         recorder.finish(settle, None, None)
 
     def __call__(self) -> None:
-        event = recorder.begin("update_weights_from_tensor", "stream", [self.runner])
-        recorder.finish(event, (True, "Succeeded."), None)
+        begun = recorder.begin("update_weights_from_tensor", "stream", [self.runner])
+        recorder.finish(begun, (True, "Succeeded."), None)
+
+    def requested(self, is_last: bool = False) -> None:
+        """The same inside the scheduler's own method, as a server calls it."""
+        request = recorder.begin_request({"is_last": is_last})
+        self()
+        recorder.finish_request(request, None, None)
 
     def session(self, buckets: int) -> None:
         """``begin_weight_update``, the buckets, ``end_weight_update`` (SGLang >= 0.5.21)."""
         for effect, calls in (("open", 1), ("stream", buckets), ("close", 1)):
             for _ in range(calls):
-                event = recorder.begin("weight_update_session", effect, [self.runner])
-                recorder.finish(event, (True, "Succeeded."), None)
+                begun = recorder.begin("weight_update_session", effect, [self.runner])
+                recorder.finish(begun, (True, "Succeeded."), None)
 
-
-def replace_two_files(place: str) -> None:
-    """What the kernel takes for the two state files, when Python does nothing else."""
-    target, temporary = os.path.join(place, "state"), os.path.join(place, ".state")
-    for _ in range(2):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        descriptor = os.open(temporary, flags, 0o644)
-        os.write(descriptor, b" " * 900)
-        os.close(descriptor)
-        os.rename(temporary, target)
-
-
-def look_at(tensors: list[Any]) -> list[int]:
-    """The addresses of a given list of tensors."""
-    return [tensor.data_ptr() for tensor in tensors]
+    def wait(self, place: str) -> float:
+        """Until the state is ready; the time of that (time.monotonic)."""
+        while True:
+            with open(os.path.join(place, files.STATE.format("0")), "rb") as file:
+                if json.loads(file.read())["state"] == "ready":
+                    return time.monotonic()
+            time.sleep(0.0005)
 
 
 def measure(quick: bool) -> Section:
     lines: list[Line] = []
     model = make_model(COUNT)
     prototype = baselines.prototype()
-    with published() as place:
+    with published(quiet_ms=60_000) as place:
         bucket = Bucket(model)
-        tensors = list(model.parameters())
+        bucket()
         subjects: dict[str, Callable[[], object]] = {
             "hook": bucket,
-            "addresses": lambda: look_at(tensors),
-            "files": lambda: replace_two_files(place),
+            "request": bucket.requested,
         }
         if prototype is not None:
             subjects["prototype"] = prototype.runner(model).update_weights_metadata
         rounds = 7 if quick else 41
-        found = side_by_side(subjects, rounds, each=5)
-        lines += _one_call(found)
-        lines += _sync(bucket, quick)
-        ready, woken = _readable(bucket, place, quick)
-        lines += [
-            _distribution("from the update's return until its state is readable, wall", ready),
-            _distribution("… until `wait_for_change` has it in another process", woken, WAKE),
-        ]
+        found = side_by_side(subjects, rounds, each=200, clock=time.thread_time)
+        lines += _further(found)
+    with published(quiet_ms=0) as place:
+        single = Bucket(model)
+        found = side_by_side({"hook": single}, rounds, each=5, clock=time.thread_time)
+        what = "a bucket where each ends its own stream (QUIET_MS=0)"
+        lines.append(Line(what, table.timing(found["hook"]), "", ""))
+    with published(quiet_ms=DEFAULT_QUIET_MS) as place:
+        bucket = Bucket(model)
+        lines += _sync(bucket, place, quick)
+        lines += _readable(bucket, place, quick)
     return Section("Buckets of an update, when nothing moves", lines, HOW, LIMITS)
 
 
-def _one_call(found: dict[str, Sample]) -> list[Line]:
-    hook = found["hook"]
-    what = f"an update call, {table.number(COUNT)} tensors"
-    floor = Sample([a + b for a, b in zip(found["addresses"].values, found["files"].values)])
-    above = ratios(hook, floor)
-    lines = [
-        Line(
-            what,
-            table.timing(hook),
-            f"addresses alone {table.seconds(found['addresses'].median)} + two files replaced "
-            f"{table.seconds(found['files'].median)}",
-            f"{table.seconds(hook.median)}; {table.times(above)}",
-            f"≤ {table.seconds(LIMIT)}",
-            hook.median <= LIMIT,
-        )
-    ]
-    if "prototype" not in found:
-        return [*lines, Line(what, table.timing(hook), baselines.NOT_GIVEN, "")]
-    cheaper = ratios(found["prototype"], hook)
-    return [
-        *lines,
-        Line(
-            what,
-            table.timing(hook),
-            f"prototype {table.timing(found['prototype'])}",
-            f"{cheaper.median:.1f} x cheaper ±{cheaper.spread:.0%}",
-            f"≥ {CHEAPER:g} x cheaper",
-            cheaper.median >= CHEAPER,
-        ),
-    ]
-
-
-def _sync(bucket: Bucket, quick: bool) -> list[Line]:
+def _further(found: dict[str, Sample]) -> list[Line]:
     lines = []
-    for buckets in (SYNC_BUCKETS, 10 * SYNC_BUCKETS):
+    for name, what in (
+        ("hook", f"a further bucket of a stream, {table.number(COUNT)} tensors"),
+        ("request", "… inside the scheduler's own method"),
+    ):
+        sample = found[name]
+        against, figure = "", table.seconds(sample.median)
+        if "prototype" in found:
+            cheaper = ratios(found["prototype"], sample)
+            against = f"prototype {table.timing(found['prototype'])}"
+            figure += f"; {cheaper.median:.0f} x cheaper ±{cheaper.spread:.0%}"
+        due = name == "hook"
+        met = sample.median <= LIMIT if due else None
+        limit = f"≤ {table.seconds(LIMIT)}" if due else ""
+        lines.append(Line(what, table.timing(sample), against, figure, limit, met))
+    return lines
+
+
+def _sync(bucket: Bucket, place: str, quick: bool) -> list[Line]:
+    lines = []
+    for buckets, limit in SYNC_SHARES.items():
 
         def one_by_one(buckets: int = buckets) -> None:
             for _ in range(buckets):
@@ -137,72 +124,50 @@ def _sync(bucket: Bucket, quick: bool) -> list[Line]:
         def in_a_session(buckets: int = buckets) -> None:
             bucket.session(buckets)
 
-        rounds = 3 if quick else 11 if buckets == SYNC_BUCKETS else 5
-        found = side_by_side({"calls": one_by_one, "session": in_a_session}, rounds)
+        def between() -> None:
+            bucket.wait(place)
+
+        rounds = 3 if quick else 11
+        subjects = {"calls": one_by_one, "session": in_a_session}
+        found = side_by_side(subjects, rounds, between=between, clock=time.thread_time)
         for name, how in (("calls", "call by call"), ("session", "in one session")):
             share = found[name].median / SYNC_SECONDS
-            due = buckets == SYNC_BUCKETS
             lines.append(
                 Line(
                     f"a sync of {table.number(buckets)} buckets, {how}",
                     table.timing(found[name]),
                     f"a sync of {SYNC_SECONDS:g} s",
                     f"{share:.2%}",
-                    f"≤ {SYNC_SHARE:.0%}" if due else "",
-                    share <= SYNC_SHARE if due else None,
+                    f"≤ {limit:.1%}" if name == "calls" else "",
+                    share <= limit if name == "calls" else None,
                 )
             )
     return lines
 
 
-# The reader is another process, as readers are; both clocks are the machine's monotonic one.
-_READER = """
-import sys, time
-import sglang_weight_hook as hook
-slot = hook.open_slot(sys.argv[1], "0")
-state = slot.read_state()
-print("ready", flush=True)
-while True:
-    found = slot.wait_for_change(state, 20.0)
-    if found["state"] == "ready" and found != state:
-        print(found["content_generation"], time.monotonic(), flush=True)
-    state = found
-"""
+def _readable(bucket: Bucket, place: str, quick: bool) -> list[Line]:
+    """From the last bucket's return until the state file says ``ready``."""
+    quiet = settings.load().quiet_seconds
+    waits: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(40 if quick else 200):
+        is_last = bool(number % 2)
+        for _ in range(3):
+            bucket.requested()
+        bucket.requested(is_last)
+        returned = time.monotonic()
+        waits[is_last].append(bucket.wait(place) - returned)
+        time.sleep(0.02)
+    return [
+        _distribution(
+            f"from the last bucket's return until `ready`, {quiet * 1000:g} ms quiet time, wall",
+            Sample(waits[False]),
+            quiet + AFTER_QUIET,
+        ),
+        _distribution("… where SGLang says that it was the last", Sample(waits[True]), AFTER_LAST),
+    ]
 
 
-def _readable(bucket: Bucket, place: str, quick: bool) -> tuple[Sample, Sample]:
-    """Buckets at a leisurely pace, seen by a reader that waits for each."""
-    root = str(Path(__file__).resolve().parents[1])
-    reader = subprocess.Popen(
-        [sys.executable, "-c", _READER, place],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": root},
-    )
-    assert reader.stdout is not None
-    ready, woken = [], []
-    try:
-        reader.stdout.readline()
-        for _ in range(30 if quick else 300):
-            time.sleep(0.05)
-            event = recorder.begin("update_weights_from_tensor", "stream", [bucket.runner])
-            returned = time.monotonic()
-            recorder.finish(event, (True, "Succeeded."), None)
-            done = time.monotonic()
-            with open(os.path.join(place, files.STATE.format("0")), "rb") as file:
-                generation = json.loads(file.read())["content_generation"]
-            seen, at = reader.stdout.readline().split()
-            while int(seen) != generation:
-                seen, at = reader.stdout.readline().split()
-            ready.append(done - returned)
-            woken.append(float(at) - returned)
-    finally:
-        reader.kill()
-        reader.communicate()
-    return Sample(ready), Sample(woken)
-
-
-def _distribution(what: str, sample: Sample, limit: float = 0.0) -> Line:
+def _distribution(what: str, sample: Sample, limit: float) -> Line:
     typical = sample.quantile(0.9)
     return Line(
         what,
@@ -210,29 +175,21 @@ def _distribution(what: str, sample: Sample, limit: float = 0.0) -> Line:
         "",
         f"90 % {table.seconds(typical)}, 99 % {table.seconds(sample.quantile(0.99))}, "
         f"worst {table.seconds(max(sample.values))}",
-        f"90 % ≤ {table.seconds(limit)}" if limit else "",
-        typical <= limit if limit else None,
+        f"90 % ≤ {table.seconds(limit)}",
+        typical <= limit,
     )
 
 
 HOW = """\
 The recorder's `begin` and `finish` around an update that writes nothing, so that only the hook is
-measured: the lock, the state file twice, and the check whether anything has moved. The prototype's
-part is its `update_weights_metadata`. The floor asks a given list of the model's tensors for their
-addresses and replaces two files of 900 bytes. A session is `begin_weight_update` …
-`end_weight_update` (SGLang ≥ 0.5.21). The reader of the last rows is another process; times are
-wall, from the return of SGLang's method."""
+measured, in CPU time of the thread that SGLang calls it on. The prototype's part is its
+`update_weights_metadata`. A session is `begin_weight_update` … `end_weight_update`
+(SGLang ≥ 0.5.21). The last rows are wall time, seen by polling the state file every half
+millisecond."""
 LIMITS = """\
-No tensor may be kept alive, and none may be missed that was bound anew: so each bucket asks every
-module that holds something (by weak reference) for its dictionaries, and every tensor for its
-address, shape, stride and type, all in C without a loop in Python. The bare addresses are a twelfth
-of that check, the other properties of a tensor two fifths, the dictionaries half; the two renames
-are a tenth of the call. The 0.5 ms and the twentieth of the prototype would need a check that skips
-tensors, and so misses changes in them. What does help is a session: buckets inside it cost nothing
-but their two calls. Its end walks every attribute of every module once, 3 355 of them here and some
-2 µs each, in case SGLang has made tensors that no bucket had; that is why a hundred buckets and a
-thousand differ so little.
-On ext4 a rename over an existing file starts its write-back, which a state file waits for, up to
-milliseconds on a busy disk; on a tmpfs one takes 20 µs, so that is the place for the directory.
-The wall times are those of a process that has just slept, with cold caches and a machine shared
-with others."""
+A further bucket takes the recorder's mutex twice, finds its runner and counts: nothing is looked at
+and nothing is written before the stream ends. What each bucket cost when it ended its own stream is
+the row with QUIET_MS=0. A session's end walks every attribute of every module once, some 2 µs each,
+in case SGLang has made tensors that no bucket had. On ext4 a rename over an existing file starts
+its write-back, which a state file waits for, up to milliseconds on a busy disk; a tmpfs takes
+20 µs, so that is the place for the directory."""
