@@ -118,7 +118,8 @@ def _installed(data: dict[str, Any]) -> Iterator[Fact]:
     installations = [_installation(distribution) for distribution in _distributions()]
     place = sysconfig.get_path("purelib")
     loose = not installations and _has_file(place, PTH)
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # The directory that holds the package, as `place` of an installation is.
+    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     data["hook"] = {"version": __version__, "library": here, "installed": installations}
     for found in installations:
         yield Fact(
