@@ -17,12 +17,12 @@ demo: ## a real SGLang on this CPU, hooked: install, launch, read the map, updat
 test: lint test-unit test-install test-stress test-real ## everything CI runs (some 15 minutes; the first run installs SGLang)
 
 test-unit: tools ## the parts, with real tensors and real processes
-	$(BIN)/python -m pytest -q -n $(JOBS) tests/unit
+	$(BIN)/python -m pytest -q -n $(JOBS) tests/unit tests/compatibility
 
 test-install: tools ## install and uninstall in fresh venvs of every Python found
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/install
 
-test-stress: tools ## faults, kills and lies, in the short form
+test-stress: tools ## faults, kills and untrusted documents, in the short form
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/stress
 
 test-real: tools ## real SGLang servers on the CPU
