@@ -15,11 +15,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Busy",
     "Change",
+    "Check",
+    "ControlError",
     "Directory",
     "Document",
+    "Header",
+    "HeaderReader",
     "Hit",
     "HookError",
+    "NoAnswer",
+    "NoSocket",
+    "NotAllowed",
+    "OwnerGone",
+    "PastEvent",
     "Region",
     "Slot",
     "Tensor",
@@ -32,11 +42,21 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .reader import (
+        Busy,
         Change,
+        Check,
+        ControlError,
         Directory,
         Document,
+        Header,
+        HeaderReader,
         Hit,
         HookError,
+        NoAnswer,
+        NoSocket,
+        NotAllowed,
+        OwnerGone,
+        PastEvent,
         Region,
         Slot,
         Tensor,

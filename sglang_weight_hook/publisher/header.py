@@ -12,6 +12,7 @@ import os
 from ..layout.header import LEFT, Header, pack
 
 _SEQUENCE_OFFSET = 8  # bytes
+_BODY_OFFSET = 16
 
 
 class HeaderFile:
@@ -46,8 +47,11 @@ class HeaderFile:
             return
         sequence = self.last.sequence + 2
         self.last = header._replace(sequence=sequence)
+        data = pack(self.last)
+        # The even number last: one write of everything copies it before most of the rest.
         os.pwrite(self._descriptor, (sequence - 1).to_bytes(8, "little"), _SEQUENCE_OFFSET)
-        os.pwrite(self._descriptor, pack(self.last), 0)
+        os.pwrite(self._descriptor, data[_BODY_OFFSET:], _BODY_OFFSET)
+        os.pwrite(self._descriptor, data[_SEQUENCE_OFFSET:_BODY_OFFSET], _SEQUENCE_OFFSET)
 
     def leave(self) -> None:
         """Say that the slot has no owner any more, and let go of the file."""

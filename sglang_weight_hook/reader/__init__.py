@@ -17,10 +17,22 @@ Every error is a `HookError` whose message says what to do.
 
 from __future__ import annotations
 
+from ..layout.header import Header
+from .control import Check
 from .diff import Diff, compare
 from .directory import Change, Directory, open_directory, open_file, open_slot
 from .document import Document
-from .errors import HookError
+from .errors import (
+    Busy,
+    ControlError,
+    HookError,
+    NoAnswer,
+    NoSocket,
+    NotAllowed,
+    OwnerGone,
+)
+from .header import HeaderReader
+from .history import History, PastEvent
 from .names import ROLES, layer_of, role_of
 from .slot import Slot
 from .spans import SpanIndex
@@ -28,13 +40,24 @@ from .tensors import CacheBuffer, Hit, Region, Tensor
 
 __all__ = [
     "ROLES",
+    "Busy",
     "CacheBuffer",
     "Change",
+    "Check",
+    "ControlError",
     "Diff",
     "Directory",
     "Document",
+    "Header",
+    "HeaderReader",
+    "History",
     "Hit",
     "HookError",
+    "NoAnswer",
+    "NoSocket",
+    "NotAllowed",
+    "OwnerGone",
+    "PastEvent",
     "Region",
     "Slot",
     "SpanIndex",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .errors import HookError
+from .ownership import same_instance
 
 _PLACE = ("ptr", "device", "storage_ptr", "resident")
 _EXTENT = ("size", "span", "shape", "stride", "dtype", "storage_size", "storage_offset")
@@ -22,11 +23,12 @@ class Diff(NamedTuple):
     repaged: bool  # other physical pages behind the same addresses
     regions_changed: bool
     other_process: bool  # the addresses belong to another process's address space
+    other_instance: bool = False  # the slot's runner is another one, perhaps of the same process
 
     @property
     def must_register_again(self) -> bool:
         """Whether anything registered from the old document (RDMA, IPC) is stale."""
-        return self.other_process or self.repaged or self.regions_changed
+        return self.other_process or self.other_instance or self.repaged or self.regions_changed
 
     @property
     def content_only(self) -> bool:
@@ -53,16 +55,20 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> Diff:
             elif _differ(before[name], tensor, _EXTENT):
                 resized.append(name)
     other_process = _process(old) != _process(new)
+    other_instance = not same_instance(old, new)
     epoch = "physical_epoch"
     return Diff(
         moved=moved,
         resized=resized,
         added=[name for name in after if name not in before],
         removed=[name for name in before if name not in after],
-        content_changed=other_process or old["content_generation"] != new["content_generation"],
+        content_changed=other_process
+        or other_instance
+        or old["content_generation"] != new["content_generation"],
         repaged=old.get(epoch, 0) != new.get(epoch, 0),
         regions_changed=_regions(old) != _regions(new),
         other_process=other_process,
+        other_instance=other_instance,
     )
 
 

@@ -13,10 +13,12 @@ from ..layout.documents import SCHEMA
 from .document import Document
 from .errors import HookError
 from .files import check_schema, file_name, read_json
+from .history import History
 from .slot import LOOK_AGAIN, Slot, state_of
 from .watch import DirectoryWatch
 
 _STATE_NAME = re.compile(r"weight_state_(.+)\.json\Z")
+_EVENTS_NAME = re.compile(r"weight_events_(.+?)(?:\.1)?\.jsonl\Z")
 _LAYOUT_NAME = re.compile(r"^weight_layout_(.+)\.json$")
 
 
@@ -37,18 +39,20 @@ class Directory:
 
     def slots(self) -> list[Slot]:
         """All slots with a state file, by name.  Raises HookError."""
-        try:
-            names = os.listdir(self.path)
-        except OSError as error:
-            raise HookError(
-                f"{self.path}: {error.strerror}; give the server's weights_metadata directory, "
-                f"or set {location.DIRECTORY}"
-            ) from error
-        matches = (_STATE_NAME.match(name) for name in names)
+        matches = (_STATE_NAME.match(name) for name in self._names())
         return [Slot(self.path, name) for name in sorted(m.group(1) for m in matches if m)]
 
     def slot(self, name: str) -> Slot:
         return Slot(self.path, name)
+
+    def histories(self, since: Optional[float] = None, kind: Optional[str] = None) -> list[History]:
+        """The event log of each slot that has one, by name; see `Slot.history`.
+
+        Also of slots whose owner has exited and taken the other files away.  Raises HookError.
+        """
+        matches = (_EVENTS_NAME.match(name) for name in self._names())
+        slots = sorted({match.group(1) for match in matches if match})
+        return [History(self.path, slot, since, kind) for slot in slots]
 
     def events(self, timeout: Optional[float] = None) -> Iterator[Change]:
         """What happens in this directory: first every slot as it is, then every change.
@@ -76,6 +80,16 @@ class Directory:
                 if left <= 0:
                     return
                 watch.wait(min(left, LOOK_AGAIN))
+
+    def _names(self) -> list[str]:
+        """The names of all files.  Raises HookError."""
+        try:
+            return os.listdir(self.path)
+        except OSError as error:
+            raise HookError(
+                f"{self.path}: {error.strerror}; give the server's weights_metadata directory, "
+                f"or set {location.DIRECTORY}"
+            ) from error
 
     def _names_if_any(self) -> set[str]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -9,7 +10,7 @@ from ..layout import files
 from .diff import Diff, compare
 from .errors import FOREIGN, HookError
 from .fields import is_size
-from .ownership import process_of
+from .ownership import process_of, same_instance
 from .spans import SpanIndex
 from .tensors import CacheBuffer, Hit, Region, Tensor
 
@@ -74,6 +75,36 @@ class Document:
         """Rises when other physical pages came behind unchanged addresses; None: not told."""
         value = self.state.get("physical_epoch", self.raw.get("physical_epoch"))
         return value if isinstance(value, int) else None
+
+    @property
+    def instance(self) -> Optional[str]:
+        """Which runner it is, also within one process; None: not told (release 0.1).
+
+        Another instance in the same slot means that everything known of it is stale.
+        """
+        value = self.state.get("instance")
+        return value if isinstance(value, str) else None
+
+    @property
+    def checked_at(self) -> Optional[float]:
+        """When this map and memory were last found equal, in seconds since 1970-01-01 UTC.
+
+        As the header says now, if it is still about this map; else as of the document.  None: not
+        yet, or not told.
+        """
+        if self.is_live:
+            with contextlib.suppress(HookError):
+                header = self.slot.header()
+                if (header.pid, header.instance, header.layout_generation) == (
+                    self.state.get("pid"),
+                    self.instance,
+                    self.layout_generation,
+                ):
+                    return header.checked_at
+        value = self.state.get("checked_at")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        return value
 
     # -- as typed objects
 
@@ -154,16 +185,20 @@ class Document:
         return {**self.raw, **{name: self.state[name] for name in names if name in self.state}}
 
     def owner_alive(self) -> bool:
-        """Whether the process that published this document still lives.
+        """Whether the process that published this document lives, with the same runner.
 
         More than `Slot.owner_alive`, which may speak of a successor that came after the document
-        was read.  False for a saved copy.  Raises HookError.
+        was read, in another process or the same.  False for a saved copy.  Raises HookError.
         """
         if not self.is_live or not self.slot.owner_alive():
             return False
         # In this order: who owns the slot has removed its predecessor's documents before.
         state = self.slot._state_if_any()
-        return state is not None and process_of(state) == process_of(self.state)
+        return (
+            state is not None
+            and process_of(state) == process_of(self.state)
+            and same_instance(state, self.state)
+        )
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._typed.get(name)

@@ -12,14 +12,26 @@ from typing import Any, Optional, Union
 
 from ..layout import files
 from ..layout.documents import SCHEMA, STATE_SCHEMA
+from ..layout.header import Header
+from . import control
+from .control import Check
 from .document import Document
-from .errors import HookError
+from .errors import Busy, HookError
 from .files import check_schema, file_name, read_json
-from .ownership import process_lives, process_of
+from .header import HeaderReader
+from .history import History
+from .ownership import process_lives, process_of, same_instance
 from .watch import DirectoryWatch
 
 # Seconds between looks while waiting: inotify does not see changes made by other hosts.
 LOOK_AGAIN = 1.0
+
+# `Slot.weights_held` asks so many times, so many seconds apart, whether the map is true: an event
+# that waits for the lock may keep the owner from answering for the moment in which it begins.
+_CHECKS = 20
+_CHECK_PAUSE = 0.005
+# What an answer is waited for at least, however late the lock was had.
+_LEAST_CHECK_TIMEOUT = 0.1
 
 
 class Slot:
@@ -75,6 +87,40 @@ class Slot:
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
+
+    def header(self) -> Header:
+        """The slot's state in its shortest form, as it is now.  Raises HookError.
+
+        To look again and again, open it once: `open_header`.  Its owner may have exited: see
+        `owner_alive`.
+        """
+        with self.open_header() as header:
+            return header.read()
+
+    def open_header(self) -> HeaderReader:
+        """The header, to be polled: a look at its ``sequence`` takes 2 µs.  Raises HookError."""
+        return HeaderReader(self.path(files.HEADER))
+
+    def history(self, since: Optional[float] = None, kind: Optional[str] = None) -> History:
+        """The events of the slot's log, the oldest first; also after its owner has exited.
+
+        ``since``: only those that were published then or later, in seconds since 1970-01-01 UTC.
+        ``kind``: only those of a kind like this, as in a file name pattern (``update_*``).
+        """
+        return History(self.directory, self.name, since, kind)
+
+    def check(self, timeout: float = 1.0) -> Check:
+        """Have the owner compare its map with memory now, and say whether they are equal.
+
+        Where they are not, the owner publishes the map that is true, if no event keeps it from
+        doing so, and the answer names tensors that had moved.  Takes no lock: to have the answer
+        hold for as long as it is needed, see `weights_held`.  Waits ``timeout`` seconds at most.
+
+        Raises a `ControlError`: `Busy` while an event is under way, `NoSocket` where the server
+        was started with SGLANG_WEIGHT_HOOK_CHECK_SECONDS=0, `NotAllowed` to other users than the
+        server's and root, `OwnerGone`, `NoAnswer` from a process that is stopped.
+        """
+        return control.check(self, self.read_state(), timeout)
 
     def _was_left_half_way(
         self, before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]
@@ -186,12 +232,18 @@ class Slot:
             return None
 
     @contextlib.contextmanager
-    def weights_held(self, timeout: float = 10.0) -> Iterator[None]:
+    def weights_held(self, timeout: float = 10.0, check: bool = False) -> Iterator[None]:
         """Hold the shared lock: no update begins while the body runs.
 
         The server waits for it at most ``SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT`` seconds, so keep
         the body short.  Raises HookError when an update is still running after ``timeout``
         seconds.
+
+        ``check``: once the lock is held, have the owner compare its map with memory (`Slot.check`).
+        The body runs if they are equal, and also if they were not and the owner has published the
+        map that is true now: so read the document inside the body, never before.  Otherwise, and
+        without an answer, HookError is raised.  What SGLang moves without a call that the hook
+        knows, and after the check, is not kept from moving.
         """
         try:
             descriptor = os.open(self.path(files.SAVING_LOCK), os.O_RDONLY | os.O_CLOEXEC)
@@ -212,9 +264,32 @@ class Slot:
                         f"try again when its state is no longer 'updating'"
                     )
                 time.sleep(0.005)
+            if check:
+                self._check_held(max(deadline - time.monotonic(), _LEAST_CHECK_TIMEOUT))
             yield
         finally:
             os.close(descriptor)
+
+    def _check_held(self, timeout: float) -> None:
+        """Return if the published map is true.  Raises HookError."""
+        deadline = time.monotonic() + timeout
+        for attempt in range(_CHECKS):
+            last = attempt == _CHECKS - 1
+            try:
+                found = self.check(max(deadline - time.monotonic(), _LEAST_CHECK_TIMEOUT))
+            except Busy:
+                if last:
+                    raise
+            else:
+                if found.equal or found.published:
+                    return
+                if last:
+                    raise HookError(
+                        f"weights of slot {self.name} have moved ({', '.join(found.tensors)}) and "
+                        f"the new map is not published yet, for an event begins; let go of the "
+                        f"lock and try again"
+                    )
+            time.sleep(_CHECK_PAUSE)
 
     def __repr__(self) -> str:
         return f"<Slot {self.name!r} in {self.directory!r}>"
@@ -222,7 +297,10 @@ class Slot:
 
 def state_of(layout: Mapping[str, Any]) -> dict[str, Any]:
     """The state document's fields, as far as a layout document has them."""
-    fields = ("layout_generation", "content_generation", "physical_epoch", "event")
+    fields = (
+        *("instance", "layout_generation", "content_generation", "physical_epoch"),
+        *("kv_physical_epoch", "checked_at", "event"),
+    )
     return {
         **{field: layout[field] for field in fields if field in layout},
         "state": str(layout.get("state", "unknown")),
@@ -235,6 +313,7 @@ def _settled(state: Mapping[str, Any]) -> bool:
 
 def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
     fields = (
+        "instance",
         "layout_generation",
         "content_generation",
         "physical_epoch",
@@ -246,6 +325,9 @@ def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
 
 def _belong_together(before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]) -> bool:
     owner = layout["identity"]
-    return before["layout_generation"] == layout["layout_generation"] == after[
-        "layout_generation"
-    ] and process_of(before) == process_of(owner) == process_of(after)
+    return (
+        before["layout_generation"] == layout["layout_generation"] == after["layout_generation"]
+        and process_of(before) == process_of(owner) == process_of(after)
+        and same_instance(before, layout)
+        and same_instance(layout, after)
+    )

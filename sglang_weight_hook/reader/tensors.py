@@ -34,6 +34,8 @@ class Tensor(NamedTuple):
     aliases: tuple[str, ...]  # its other names
     checksum: Optional[str]  # only with SGLANG_WEIGHT_HOOK_CHECKSUM=1
     raw: Mapping[str, Any]  # as published
+    # Whether SGLang rewrites it on the forward path: its values count for no content generation.
+    volatile: bool = False
 
     @classmethod
     def from_raw(cls, name: str, raw: Any) -> Tensor:
@@ -74,6 +76,7 @@ class Tensor(NamedTuple):
             aliases=fields.texts("aliases"),
             checksum=fields.text("checksum") if raw.get("checksum") is not None else None,
             raw=raw,
+            volatile=raw.get("volatile") is True,
         )
 
     @property

@@ -1,0 +1,136 @@
+"""The event log of a slot: what has happened to its weights, also when its owner has exited.
+
+The files (``layout.files.EVENTS``) are appended to while they are read, rotated, cut short by a
+full disk, and may hold what is not ours: what is no event is left out and counted.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple, Optional
+
+from ..layout import files
+from .errors import FOREIGN, HookError
+
+# An event's line has some 800 bytes; of a longer one no more than this is ever in memory.
+MAX_LINE = 64 * 1024
+
+
+class PastEvent(NamedTuple):
+    """One event of a slot's log."""
+
+    slot: str
+    at: float  # when it was published, in seconds since 1970-01-01 UTC
+    kind: str  # ``update_weights_from_disk``, ``unannounced_change``, ...
+    raw: Mapping[str, Any]  # the line of the log
+
+
+class History:
+    """The events of one slot, the oldest first; made by `Slot.history`.
+
+    Read anew by every iteration, one line at a time.  Iterating raises HookError where there is no
+    log, or one that cannot be read.
+    """
+
+    def __init__(
+        self, directory: str, slot: str, since: Optional[float], kind: Optional[str]
+    ) -> None:
+        self.slot = slot
+        self.skipped = 0  # lines that are no events, of the iteration begun last
+        self._paths = [
+            os.path.join(directory, name.format(slot))
+            for name in (files.EVENTS, files.EVENTS_BEFORE)
+        ]
+        self._since = since
+        self._kind = kind
+
+    def __iter__(self) -> Iterator[PastEvent]:
+        self.skipped = 0
+        # The current one first: one that is rotated meanwhile is then met a second time, by its
+        # inode, and not lost.
+        found = [file for file in map(_open, self._paths) if file is not None]
+        try:
+            if not found:
+                raise HookError(
+                    f"{self._paths[0]} does not exist: no event of slot {self.slot} was logged in "
+                    f"this directory; check the directory and the slot's name"
+                )
+            if len(found) == 2 and _same_file(*found):
+                found.pop().close()
+            for file in reversed(found):
+                yield from self._events(file)
+        finally:
+            for file in found:
+                file.close()
+
+    def _events(self, file: BinaryIO) -> Iterator[PastEvent]:
+        for line in _lines(file):
+            event = None if line is None else _event(self.slot, line)
+            if event is None:
+                self.skipped += 1
+            elif (self._since is None or event.at >= self._since) and (
+                self._kind is None or fnmatch.fnmatchcase(event.kind, self._kind)
+            ):
+                yield event
+
+
+def _open(path: str) -> Optional[BinaryIO]:
+    """The file, or None where there is none.  Raises HookError."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise HookError(
+            f"{path} cannot be read ({error.strerror}); read as a user who may, and check that it "
+            f"is a file"
+        ) from error
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise HookError(f"{path} is not a file; {FOREIGN}")
+    return file
+
+
+def _same_file(one: BinaryIO, other: BinaryIO) -> bool:
+    return os.path.sameopenfile(one.fileno(), other.fileno())
+
+
+def _lines(file: BinaryIO) -> Iterator[Optional[bytes]]:
+    """Each line up to the size that the file has now; None for one that is too long or torn."""
+    left = os.fstat(file.fileno()).st_size
+    while left > 0:
+        line = file.readline(min(MAX_LINE, left))
+        left -= len(line)
+        if line.endswith(b"\n"):
+            yield line
+            continue
+        while line and left > 0 and not line.endswith(b"\n"):
+            line = file.readline(min(MAX_LINE, left))
+            left -= len(line)
+        yield None
+        if not line:
+            return  # it has become shorter
+
+
+def _event(slot: str, line: bytes) -> Optional[PastEvent]:
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(raw, dict):
+        return None
+    at, kind = raw.get("updated_at"), raw.get("kind")
+    if not isinstance(kind, str) or isinstance(at, bool) or not isinstance(at, (int, float)):
+        return None
+    try:
+        at = float(at)
+    except OverflowError:
+        return None
+    return PastEvent(slot, at, kind, raw) if math.isfinite(at) else None
