@@ -7,7 +7,7 @@ here raises freely; the recorder stands between it and SGLang.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Optional
 
 from ..layout.documents import ATTRIBUTE, LORA, PARAMETER
@@ -17,6 +17,8 @@ from .kv_cache import kv_cache
 from .rows import Row, allocation_kinds, allocations_of, row_of
 from .volatile import lora_attributes, volatile_names
 from .walk import Wrappers, lora_pool, no_pause, plain_tensors, walk_model
+
+_RESTLESS = "forwards bind it anew again and again, so no address of it stays true"
 
 
 class Capture(NamedTuple):
@@ -37,26 +39,28 @@ class Capture(NamedTuple):
     # Canonical names of tensors whose bytes SGLang rewrites or swaps in a forward.
     volatile: frozenset[str]
     device_index: Optional[int]  # of the CUDA device; None: not on one
+    without: frozenset[str]  # names of plain attributes that are left out
     footprint: Optional[Footprint]
 
 
-def capture(runner: Any, footprint: bool = True) -> Capture:
+def capture(runner: Any, footprint: bool = True, without: Collection[str] = ()) -> Capture:
     """Walk ``runner.model``, its LoRA pool and its KV cache.
 
-    ``footprint``: whether `moved` is going to be asked about it.
+    ``footprint``: whether `moved` is going to be asked about it.  ``without``: plain attributes to
+    leave out, because forwards bind them anew again and again.
     """
     model = getattr(runner, "model", None)
     if model is None:
         raise LookupError("the runner has no model")
     device_type = _device_type(runner)
-    walk = walk_model(model)
+    walk = walk_model(model, without=without)
     # The pool before the attributes: LoRA layers hold the pool's tensors as attributes of theirs.
     attributes = walk.tensors.pop(ATTRIBUTE)
     kinds = {**walk.tensors, LORA: list(lora_pool(runner)), ATTRIBUTE: attributes}
 
     tensors: dict[str, Row] = {}
     aliases: dict[str, list[str]] = {}
-    left_out: dict[str, str] = {}
+    left_out = {**walk.left_out, **dict.fromkeys(without, _RESTLESS)}
     torch_names: dict[str, str] = {}
     by_identity: dict[int, str] = {}
     by_address: dict[int, str] = {}  # the first row at an address
@@ -120,6 +124,7 @@ def capture(runner: Any, footprint: bool = True) -> Capture:
         kv_cache=kv_cache(runner),
         torch_names=torch_names,
         volatile=volatile_names(tensors, walk),
+        without=frozenset(without),
         device_index=identity.gpu_id(runner) if device_type == "cuda" else None,
         footprint=footprint_of(model, walk, device_type) if footprint else None,
     )
@@ -165,7 +170,7 @@ def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
 
 def live_tensors(runner: Any, captured: Capture) -> list[tuple[str, Any]]:
     """The captured resident tensors themselves, for as long as the caller looks at them."""
-    walk = walk_model(runner.model)
+    walk = walk_model(runner.model, without=captured.without)
     named = [pair for kind in walk.tensors.values() for pair in kind] + list(lora_pool(runner))
     found: dict[str, Any] = {}
     for outer_name, outer in named:
@@ -199,6 +204,7 @@ def nothing_new(
     """
     if before is None:
         return False
-    counts = {kind: len(named) for kind, named in walk_model(runner.model, pause).tensors.items()}
+    walk = walk_model(runner.model, pause, before.without)
+    counts = {kind: len(named) for kind, named in walk.tensors.items()}
     counts[LORA] = sum(1 for _ in lora_pool(runner))
     return all(before.expected.get(kind) == count for kind, count in counts.items())

@@ -8,7 +8,8 @@ from itertools import chain, repeat
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, NamedTuple, Optional
 
-from .walk import Keys, Walk, is_wrapper, no_pause
+from .reach import Path, follow
+from .walk import Walk, is_wrapper, no_pause
 
 # Of all tensors, in one order: names, addresses, shapes, strides and dtypes.
 Places = tuple[list[str], list[int], list[Any], list[Any], list[Any]]
@@ -28,7 +29,7 @@ class Footprint(NamedTuple):
     parents: list[int]
     names: list[str]
     children: list[int]
-    attributes: list[tuple[int, Keys]]  # those with attributes that hold tensors
+    attributes: list[tuple[int, tuple[Path, ...]]]  # those that hold tensors otherwise
     # Positions among the tensors of those on another device: SGLang's offloaders put a copy on the
     # device in their place while a forward runs (srt/utils/offloader.py, functional_call).
     swapped: list[int]
@@ -141,10 +142,9 @@ def _tensors_of(footprint: Footprint, model: Any) -> Optional[tuple[list[str], l
         names = list(chain.from_iterable(groups))
         if len(tensors) != len(entries):
             names = [name for name, t in zip(names, entries) if t is not None]
-        for position, keys in footprint.attributes:
+        for position, paths in footprint.attributes:
             state = states[position]
-            for name, key in keys:
-                tensors.append(state[name] if key is None else state[name][key])
+            tensors.extend(follow(state, path) for path in paths)
     except Exception:  # a missing attribute
         return None
     return names, tensors

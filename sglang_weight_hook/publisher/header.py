@@ -49,7 +49,9 @@ class HeaderFile:
         self.last = header._replace(sequence=sequence)
         data = pack(self.last)
         # The even number last: one write of everything copies it before most of the rest.
-        os.pwrite(self._descriptor, (sequence - 1).to_bytes(8, "little"), _SEQUENCE_OFFSET)
+        # The magic each time: somebody may have truncated the file.
+        begun = (sequence - 1).to_bytes(8, "little")
+        os.pwrite(self._descriptor, data[:_SEQUENCE_OFFSET] + begun, 0)
         os.pwrite(self._descriptor, data[_BODY_OFFSET:], _BODY_OFFSET)
         os.pwrite(self._descriptor, data[_SEQUENCE_OFFSET:_BODY_OFFSET], _SEQUENCE_OFFSET)
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Optional
 
 from ..layout import files, process
+from ..layout.documents import ATTRIBUTE
 from ..layout.states import (
     FAILED,
     KV_CACHE,
@@ -36,6 +38,9 @@ from .events import STREAMING, UNANNOUNCED, Call, Event
 from .header import HeaderFile
 
 NO_CHANGES = Changes(0, 0, 0, ())
+
+# Unannounced moves of a plain attribute after which it is left out of the map.
+RESTLESS = 5
 
 
 class Tracked:
@@ -94,6 +99,8 @@ class Tracked:
         self.state_only = False
         self.changes = NO_CHANGES
         self.capture_seconds = 0.0
+        # How often forwards have moved a plain attribute, by name; and those that are left out.
+        self.restless: Counter[str] = Counter()
         # The background thread's schedule, in time.monotonic().
         self.check_step = 0  # how many checks there were since the last event
         self.event_ended_at = 0.0
@@ -193,7 +200,8 @@ class Tracked:
                 return
             # While it loads, the map is one of the moment: no bucket is compared with it.
             captured = capturing.known_allocations(
-                self.captured, capturing.capture(runner, footprint=self.settled)
+                self.captured,
+                capturing.capture(runner, footprint=self.settled, without=self._left_out()),
             )
         except Exception as error:
             self.lose(f"capture failed: {type(error).__name__}: {error}")
@@ -268,7 +276,9 @@ class Tracked:
                 # Also where the quick look has no answer: a module made again, a tensor that
                 # wraps others.
                 with cuda_driver.using_context(self.cuda_context):
-                    found = capturing.known_allocations(captured, capturing.capture(runner))
+                    found = capturing.known_allocations(
+                        captured, capturing.capture(runner, without=captured.without)
+                    )
                 holds = document.same_layout(captured, found)
         except Exception:
             # The model was changing while we looked.
@@ -285,7 +295,13 @@ class Tracked:
             return False
         before, started = self.captured, time.perf_counter()
         with cuda_driver.using_context(self.cuda_context):
-            captured = capturing.known_allocations(before, capturing.capture(runner))
+            captured = capturing.known_allocations(
+                before, capturing.capture(runner, without=self._left_out())
+            )
+            if self._grew_restless(before, captured):
+                captured = capturing.known_allocations(
+                    before, capturing.capture(runner, without=self._left_out())
+                )
         if document.same_layout(before, captured):
             self.captured = captured  # with a footprint that the next look can use
             return False
@@ -297,6 +313,23 @@ class Tracked:
         self.capture_seconds = time.perf_counter() - started
         self.version += 1
         return True
+
+    def _left_out(self) -> list[str]:
+        return [name for name, times in self.restless.items() if times >= RESTLESS]
+
+    def _grew_restless(self, before: Capture, after: Capture) -> bool:
+        """Count the plain attributes that have moved; whether one has done so too often.
+
+        An attribute that every forward binds anew (a workspace, a batch's metadata) is no weight,
+        and its address is stale as soon as it is published.
+        """
+        grown = False
+        for name, row in after.tensors.items():
+            old = before.tensors.get(name)
+            if row.kind == ATTRIBUTE and old is not None and old != row:
+                self.restless[name] += 1
+                grown = grown or self.restless[name] >= RESTLESS
+        return grown
 
     def stream_holds(self) -> Optional[bool]:
         """Whether the buckets of the open stream have left every tensor where it was.

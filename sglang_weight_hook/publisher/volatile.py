@@ -5,7 +5,9 @@ Their addresses are as true as any; their contents are outside ``content_generat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 from ..layout.documents import ATTRIBUTE, BUFFER, LORA, PARAMETER
 from .rows import Row
@@ -27,11 +29,25 @@ def volatile_names(tensors: Mapping[str, Row], walk: Walk) -> frozenset[str]:
     The LoRA pool (``prepare_lora_batch`` fills it, lora/mem_pool.py).  Offloaded parameters and
     buffers: while a forward runs, a copy on the device is in their place (utils/offloader.py).
     Caches of paged experts, refilled from the host by each forward (layers/moe/paged_experts).
+    Experts of other ranks, fetched two layers ahead by each forward (layers/moe/dwdp).
     """
+    fetched = _fetched_experts()
     return frozenset(
         name
         for name, row in tensors.items()
         if row.kind == LORA
         or (row.kind in (PARAMETER, BUFFER) and not row.resident)
         or name in walk.paged
+        or (row.ptr and row.ptr in fetched)
     )
+
+
+def _fetched_experts() -> set[int]:
+    """Addresses of the weights that SGLang's DWDP fills from peers (since 0.5.22)."""
+    module: Any = sys.modules.get("sglang.srt.layers.moe.dwdp")
+    manager = module.get_global_dwdp_manager() if module is not None else None
+    buffers = getattr(getattr(manager, "_weight_manager", None), "weight_buffer", None)
+    tensors = getattr(buffers, "_tensors", None)
+    if not isinstance(tensors, dict):
+        return set()
+    return {tensor.data_ptr() for layer in tensors.values() for tensor in layer.values()}

@@ -5,11 +5,12 @@ No tensor is asked for anything here but its type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 from ..layout.documents import ATTRIBUTE, BUFFER, PARAMETER
+from .reach import Holds, Kinds, Path, Reach, Step
 
 # Modules walked between two pauses: some 2 µs each.
 _BETWEEN_PAUSES = 250
@@ -42,110 +43,141 @@ _MODULE_INTERNALS = frozenset(
 )
 
 
-# The plain attributes of a module that hold tensors: the attribute's name, and a key inside it
-# where it is a list, tuple or dict.
-Keys = tuple[tuple[str, Any], ...]
-
-
 class Walk(NamedTuple):
     """Every tensor of every module under every name it has."""
 
     tensors: dict[str, list[tuple[str, Any]]]  # by kind
     # id of a module's __dict__ -> its attributes that hold tensors.
-    attributes: dict[int, Keys]
+    attributes: dict[int, tuple[Path, ...]]
     paged: set[str]  # names of parameters that are caches of experts kept on the host
+    left_out: dict[str, str]  # name -> why it was not looked into
 
 
 def no_pause() -> None:
     pass
 
 
-def walk_model(model: Any, pause: Callable[[], None] = no_pause) -> Walk:
+def walk_model(
+    model: Any, pause: Callable[[], None] = no_pause, without: Collection[str] = ()
+) -> Walk:
     """Our own walk, since ``named_parameters`` drops tied names, and with
     ``remove_duplicate=False`` would never end on a module that contains itself.
-    """
-    import torch
 
-    tensor_type = torch.Tensor
-    found: dict[str, list[tuple[str, Any]]] = {PARAMETER: [], BUFFER: [], ATTRIBUTE: []}
-    parameters, buffers, attributes = found[PARAMETER], found[BUFFER], found[ATTRIBUTE]
-    keys_of: dict[int, Keys] = {}
-    # A module's __dict__ begins with torch's own bookkeeping, unless its class sets something
-    # before Module.__init__: thousands of times the same entries to step over.
-    bookkeeping = list(vars(torch.nn.Module()))
-    skipped = len(bookkeeping) if _MODULE_INTERNALS.issuperset(bookkeeping) else 0
-    first, last, before_last = bookkeeping[0], bookkeeping[-1], len(bookkeeping) - 1
-    # Types of a module's attributes -> names and types of those that are or may hold tensors.
-    # Most modules have the attributes of some other one, and can be passed over by types alone.
-    telling: dict[tuple[type, ...], list[tuple[str, type]]] = {}
-    # Types, as they are met in containers, that are not tensors.
-    dull: set[type] = set()
-    # (prefix, module, ids of the modules above it); the children are pushed in reverse, so
-    # that modules come off in the order in which named_modules() gives them.
-    stack: list[tuple[str, Any, frozenset[int]]] = [("", model, frozenset())]
-    paged: set[str] = set()
-    visited = 0
-    while stack:
-        prefix, module, above = stack.pop()
-        if id(module) in above:
-            continue
-        visited += 1
-        if not visited % _BETWEEN_PAUSES:
-            pause()
+    ``pause``: called now and then.  ``without``: names of plain attributes to leave out.
+    """
+    return _Walker(pause, without).walk(model)
+
+
+class _Walker:
+    def __init__(self, pause: Callable[[], None], without: Collection[str]) -> None:
+        import torch
+
+        self._pause = pause
+        self._without = without
+        self._found: dict[str, list[tuple[str, Any]]] = {PARAMETER: [], BUFFER: [], ATTRIBUTE: []}
+        self._paths: dict[int, list[Path]] = {}
+        self._paged: set[str] = set()
+        self._kinds = Kinds()
+        # What modules hold that may hold tensors: name, attribute, it itself, the module's state.
+        self._deeper: list[tuple[str, str, Any, dict[str, Any]]] = []
+        # A module's __dict__ begins with torch's own bookkeeping, unless its class sets something
+        # before Module.__init__: thousands of times the same entries to step over.
+        bookkeeping = list(vars(torch.nn.Module()))
+        self._skipped = len(bookkeeping) if _MODULE_INTERNALS.issuperset(bookkeeping) else 0
+        self._first, self._last = bookkeeping[0], bookkeeping[-1]
+        self._before_last = len(bookkeeping) - 1
+        # Types of a module's attributes -> names and types of those that are or may hold tensors.
+        # Most modules have the attributes of some other one, and can be passed over by types.
+        self._telling: dict[tuple[type, ...], list[tuple[str, type]]] = {}
+
+    def walk(self, model: Any) -> Walk:
+        # (prefix, module, ids of the modules above it); the children are pushed in reverse, so
+        # that modules come off in the order in which named_modules() gives them.
+        stack: list[tuple[str, Any, frozenset[int]]] = [("", model, frozenset())]
+        known: set[int] = set()
+        visited = 0
+        while stack:
+            prefix, module, above = stack.pop()
+            if id(module) in above:
+                continue
+            visited += 1
+            if not visited % _BETWEEN_PAUSES:
+                self._pause()
+            known.add(id(module))
+            self._module(prefix, module)
+            children = module.__dict__.get("_modules")
+            if children:
+                below = above | {id(module)}
+                for name, child in reversed(list(children.items())):
+                    if child is not None:
+                        stack.append((prefix + name + ".", child, below))
+        left_out = self._look_deeper(known)
+        paths = {state: tuple(found) for state, found in self._paths.items()}
+        return Walk(self._found, paths, self._paged, left_out)
+
+    def _module(self, prefix: str, module: Any) -> None:
         if type(module).__module__.startswith(_PAGED_EXPERTS):
-            paged.update(_paged_names(prefix, module))
+            self._paged.update(_paged_names(prefix, module))
         state = module.__dict__
-        group = state.get("_parameters")
-        if group:
-            for name, parameter in group.items():
-                if parameter is not None:
-                    parameters.append((prefix + name, parameter))
-        group = state.get("_buffers")
-        if group:
-            for name, buffer in group.items():
-                if buffer is not None:
-                    buffers.append((prefix + name, buffer))
+        for kind, group in ((PARAMETER, "_parameters"), (BUFFER, "_buffers")):
+            held = state.get(group)
+            if held:
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        self._found[kind].append((prefix + name, tensor))
+                        extra = getattr(tensor, "__dict__", None)
+                        # What a wrapper wraps is its own: `plain_tensors`.
+                        if (
+                            extra
+                            and not is_wrapper(tensor)
+                            and (self._kinds.any_inside(extra.values()))
+                        ):
+                            # As if the module held it: group[name], then its attributes.
+                            self._deeper.append((prefix + name, group, tensor, state))
+        for name, kind_ in self._holders(state):
+            value = state[name]
+            holds = self._kinds[kind_]
+            if holds is Holds.TENSOR:
+                if prefix + name not in self._without:
+                    self._found[ATTRIBUTE].append((prefix + name, value))
+                    self._paths.setdefault(id(state), []).append((name, ()))
+            elif value and name not in _MODULE_INTERNALS:
+                inside = value.values() if isinstance(value, dict) else value
+                if holds is not Holds.CONTAINER or self._kinds.any_inside(inside):
+                    self._deeper.append((prefix + name, name, value, state))
+
+    def _holders(self, state: dict[str, Any]) -> list[tuple[str, type]]:
+        """Names and types of the attributes that are or may hold tensors."""
         usual = (
-            next(iter(state), None) == first
-            and next(islice(state, before_last, None), None) == last
+            next(iter(state), None) == self._first
+            and next(islice(state, self._before_last, None), None) == self._last
         )
-        start = skipped if usual else 0
+        start = self._skipped if usual else 0
         types = tuple(map(type, islice(state.values(), start, None)))
-        holders = telling.get(types)
+        holders = self._telling.get(types)
         if holders is None or (
             holders and not all(type(state.get(name)) is kind for name, kind in holders)
         ):
             # Also where these types go by other names than they did before.
-            holders = telling[types] = [
+            holders = self._telling[types] = [
                 (name, kind)
                 for name, kind in zip(islice(state, start, None), types)
-                if issubclass(kind, (tensor_type, list, tuple, dict))
+                if self._kinds[kind] not in (Holds.NOTHING, Holds.MODULE)
             ]
-        keys: list[tuple[str, Any]] = []
-        for name, kind in holders:
-            value = state[name]
-            if issubclass(kind, tensor_type):
-                attributes.append((prefix + name, value))
-                keys.append((name, None))
-            elif value and name not in _MODULE_INTERNALS:
-                inside = value.values() if isinstance(value, dict) else value
-                if dull.issuperset(map(type, inside)):
-                    continue
-                for item in inside:
-                    if not isinstance(item, tensor_type):
-                        dull.add(type(item))
-                for key in _keys_inside(value, tensor_type):
-                    attributes.append((f"{prefix}{name}.{key}", value[key]))
-                    keys.append((name, key))
-        if keys:
-            keys_of[id(state)] = tuple(keys)
-        children = state.get("_modules")
-        if children:
-            below = above | {id(module)}
-            for name, child in reversed(list(children.items())):
-                if child is not None:
-                    stack.append((prefix + name + ".", child, below))
-    return Walk(found, keys_of, paged)
+        return holders
+
+    def _look_deeper(self, known: set[int]) -> dict[str, str]:
+        """``known``: the ids of the model's modules, which are not looked at again."""
+        reach = Reach(self._kinds, known)
+        for name, attribute, value, state in self._deeper:
+            is_tensor = attribute in ("_parameters", "_buffers")
+            lead: tuple[Step, ...] = ((True, name.rpartition(".")[2]),) if is_tensor else ()
+            for found in reach.into(name, attribute, value):
+                if found.name not in self._without:
+                    self._found[ATTRIBUTE].append((found.name, found.tensor))
+                    path = (attribute, lead + found.path[1])
+                    self._paths.setdefault(id(state), []).append(path)
+        return reach.left_out
 
 
 def _paged_names(prefix: str, method: Any) -> list[str]:
@@ -154,13 +186,6 @@ def _paged_names(prefix: str, method: Any) -> list[str]:
     host = getattr(getattr(method, "store", None), "host", None)
     names = list(host) if isinstance(host, dict) else []
     return [f"{owner}.{name}" if owner else name for name in names]
-
-
-def _keys_inside(value: Any, tensor_type: type) -> list[Any]:
-    """Where tensors are held one level deep in a list, tuple or dict."""
-    items: Iterable[tuple[Any, Any]]
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [key for key, item in items if isinstance(item, tensor_type)]
 
 
 def lora_pool(runner: Any) -> Iterator[tuple[str, Any]]:

@@ -56,10 +56,12 @@ def inodes(maps: Path) -> dict[str, int]:
 
 
 def header_of(maps: Path, slot: str = "0") -> header.Header:
-    for _ in range(1000):
+    deadline = time.monotonic() + 10.0
+    while time.monotonic() < deadline:
         found = header.unpack((maps / files.HEADER.format(slot)).read_bytes())
         if found is not None:
             return found
+        time.sleep(0.001)
     raise AssertionError("the header is being written for ever")
 
 

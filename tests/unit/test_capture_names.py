@@ -73,14 +73,16 @@ def test_tensors_that_share_a_storage_without_being_the_same_are_two() -> None:
     }
 
 
-def test_containers_are_looked_into_one_level_deep() -> None:
+def test_containers_are_looked_into_within_each_other() -> None:
     model = nn.Module()
     one, two, three, deep = (torch.ones(2) for _ in range(4))
     model.in_list, model.in_tuple = [one, "text", None], (7, two)
     model.in_dict = {"k": three, "deeper": {"x": deep}}
     model.nested = [[deep]]
     model.empty = []
-    assert list(capture(model).tensors) == ["in_list.0", "in_tuple.1", "in_dict.k"]
+    captured = capture(model)
+    assert list(captured.tensors) == ["in_list.0", "in_tuple.1", "in_dict.k", "in_dict.deeper.x"]
+    assert captured.aliases == {"in_dict.deeper.x": ["nested.0.0"]}
 
 
 def test_torchs_own_bookkeeping_is_not_taken_for_attributes() -> None:

@@ -53,7 +53,9 @@ def test_a_buffer_rebound_in_a_forward_is_published_as_an_unannounced_change(
     tensor = layout_of(maps)["tensors"]["0.cache"]
     assert tensor["ptr"] == runner.model[0].cache.data_ptr()
     assert tensor["dtype"] == "torch.bfloat16"
-    assert header_of(maps).layout_generation == before[0] + 1
+    eventually(
+        lambda: header_of(maps).layout_generation == before[0] + 1
+    )  # written after the state
     for _ in range(3):
         runner.model[0].cache = runner.model[0].cache.clone()
         count = len(log_of(maps))
@@ -230,5 +232,5 @@ def test_a_truncated_header_does_not_harm_the_server_and_heals(
 ) -> None:
     path = maps / files.HEADER.format(0)
     os.truncate(path, 0)
-    eventually(lambda: path.stat().st_size == header.SIZE)
+    eventually(lambda: path.read_bytes().startswith(header.MAGIC))
     assert header_of(maps).state == "ready"

@@ -107,13 +107,18 @@ def names_in(model: Any) -> list[str]:
             if name in vars(nn.Module()):
                 continue
             full = f"{prefix}.{name}" if prefix else name
-            items = {"": value}
-            if isinstance(value, dict):
-                items = {f".{key}": item for key, item in value.items()}
-            elif isinstance(value, (list, tuple)):
-                items = {f".{key}": item for key, item in enumerate(value)}
-            found += [full + key for key, item in items.items() if isinstance(item, torch.Tensor)]
+            found += tensors_in(full, value)
     return found
+
+
+def tensors_in(name: str, value: Any) -> list[str]:
+    if isinstance(value, torch.Tensor):
+        return [name]
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return []
+    return [found for key, item in value.items() for found in tensors_in(f"{name}.{key}", item)]
 
 
 @relaxed
@@ -293,7 +298,7 @@ def published_of(memory: Memory) -> tuple[Bytes, list[dict[str, Any]]]:
 
 
 def allocation_at(memory: Memory, name: str, byte: int) -> tuple[int, int, str | None]:
-    """What the byte of a tensor is published as lying in."""
+    """What the byte of a tensor is published as belonging to."""
     _, _, start, end = memory.spans[name]
     under = [piece for piece in memory.pieces if piece.start < end and start < piece.end]
     if not all(piece.kind for piece in under):

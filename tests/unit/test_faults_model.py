@@ -37,7 +37,7 @@ def test_without_any_fault_nothing_is_warned_of(
     assert len(everything_parses(maps)) == 6
 
 
-def test_a_parameter_walk_that_raises_withdraws_the_map_and_says_it_once(
+def test_a_parameter_walk_that_raises_invalidates_the_map_and_says_it_once(
     runner: ModelRunner,
     maps: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -45,7 +45,7 @@ def test_a_parameter_walk_that_raises_withdraws_the_map_and_says_it_once(
 ) -> None:
     use(runner, times=1)
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **more: Any) -> Any:
         raise RuntimeError("dictionary changed size during iteration")
 
     with monkeypatch.context() as patch:
@@ -63,7 +63,7 @@ def test_a_parameter_walk_that_raises_withdraws_the_map_and_says_it_once(
     assert len(document.tensors) == 2
 
 
-def test_a_map_that_was_withdrawn_has_no_old_summary_beside_it(
+def test_a_map_that_was_invalidated_has_no_old_summary_beside_it(
     runner: ModelRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(runner, times=1)
