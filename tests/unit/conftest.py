@@ -100,7 +100,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[int, int]]]:
         "row_of",
         lambda kind, tensor, device: row(kind, tensor, "cpu")._replace(device="cuda:0"),
     )
-    monkeypatch.setattr("sglang_weight_hook.publisher.memory.device", lambda device_type: None)
+    monkeypatch.setattr(
+        "sglang_weight_hook.publisher.memory.device", lambda device_type, index: None
+    )
     return known
 
 

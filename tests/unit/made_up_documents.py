@@ -114,7 +114,7 @@ def a_document(
 
 
 def changed(document: dict[str, Any]) -> dict[str, Any]:
-    """One tensor moved, one of another size, one gone, one new."""
+    """One tensor moved, one of another size, one removed, one new."""
     later = copy.deepcopy(document)
     later["layout_generation"] += 1
     later["content_generation"] += 1

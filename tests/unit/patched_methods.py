@@ -17,7 +17,7 @@ class Call(NamedTuple):
 
 
 # The signature that SGLang gives a method, and one call of it as SGLang makes it: for each
-# entry of the table, in each of the forms of shared/sglang-entry-points.md.
+# entry of the table, in each of the forms that it has had.
 DISK_1 = ("(self, model_path, load_format)", [Call(("m", "auto"), {})])
 DISK_2 = (
     "(self, model_path, load_format, weight_name_filter=None, recapture_cuda_graph=False)",

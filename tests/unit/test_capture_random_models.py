@@ -72,7 +72,7 @@ def models(draw: st.DrawFn, depth: int = 2) -> Any:
 
 
 def end_of(tensor: Any) -> int:
-    """Address behind the last byte, by looking at every element's own."""
+    """One past the end, from every element's own address."""
     if tensor.numel() == 0:
         return int(tensor.data_ptr())
     places = torch.ones(tensor.shape).nonzero().tolist()

@@ -409,7 +409,7 @@ def test_buckets_that_wrote_only_the_state_leave_the_documents_equal(
     assert diff(before, layout_of(maps)) == NOTHING
 
 
-def test_a_withdrawn_map_has_every_name_removed(runner: FakeRunner, maps: Path) -> None:
+def test_an_invalidated_map_has_every_name_removed(runner: FakeRunner, maps: Path) -> None:
     before = layout_of(maps)
     model = runner.model
     update(runner, during=lambda: setattr(runner, "model", None))

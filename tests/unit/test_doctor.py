@@ -233,8 +233,8 @@ def test_an_installation_names_its_door_and_place(run_python: Any, tmp_path: Pat
     (site / "sglang_injector.pth").touch()
     (site / "sglang_injector.start").touch()
     answer = json.loads(run_python("-c", DIAGNOSE, path=site).stdout)
-    (door,) = answer["hook"]["installed"]
-    assert (door["door"], door["place"]) == ("install_sglang_hook_patch.sh", str(site))
+    (method,) = answer["hook"]["installed"]
+    assert (method["door"], method["place"]) == ("install_sglang_hook_patch.sh", str(site))
     assert "by install_sglang_hook_patch.sh" in said(answer, "Installed")
     assert f"this command itself runs from {ROOT}" in said(answer, "Installed")
     (site / "sglang_injector.pth").unlink()

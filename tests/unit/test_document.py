@@ -34,11 +34,11 @@ def published(maps: Path, name: str) -> Any:
     return json.loads((maps / name.format(0)).read_bytes())
 
 
-# --- the prototype's formats --------------------------------------------------------------
+# --- the legacy format --------------------------------------------------------------
 
 
 def seeds_own(model: Any, updated: bool) -> dict[str, Any]:
-    """What the prototype writes, by its own way: named_parameters(), on the device alone."""
+    """The legacy format, made its own way: named_parameters(), on the device alone."""
     meta = {}
     for name, tensor in model.named_parameters():
         meta[name] = {
@@ -54,7 +54,7 @@ def seeds_own(model: Any, updated: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("updated", [False, True])
-def test_weights_meta_is_byte_for_byte_the_prototypes(
+def test_weights_meta_is_byte_for_byte_the_legacy_format(
     updated: bool, runner: FakeRunner, maps: Path
 ) -> None:
     load(runner)
@@ -68,7 +68,7 @@ def test_weights_meta_has_every_name_of_named_parameters_also_over_one_memory(
     runner: FakeRunner, maps: Path
 ) -> None:
     # A draft's head may be a new Parameter over the target's memory: named_parameters()
-    # names both, and so did the prototype.
+    # names both, and so does the legacy format.
     runner.model.head2 = nn.Linear(4, 7, bias=False)
     runner.model.head2.weight = nn.Parameter(runner.model.lm_head.weight.data)
     load(runner)
@@ -82,7 +82,9 @@ def test_total_weight_meta_is_gib_per_device(runner: FakeRunner, maps: Path) -> 
     assert published(maps, files.TOTAL_META) == {"cpu": size / 1024**3}
 
 
-def test_the_update_summary_has_the_prototypes_fields(runner: FakeRunner, maps: Path) -> None:
+def test_the_update_summary_has_the_fields_of_the_legacy_format(
+    runner: FakeRunner, maps: Path
+) -> None:
     load(runner)
     before = time.time()
     update(runner)

@@ -1,4 +1,4 @@
-"""Killed while publishing: what lies there parses, and a restart clears it up."""
+"""Killed while publishing: what was left parses, and a restart clears it up."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Span(NamedTuple):
 
 @st.composite
 def spans(draw: st.DrawFn) -> list[Span]:
-    """Spans in allocations that never overlap, but may lie directly behind one another."""
+    """Spans in allocations that never overlap, but may be directly adjacent."""
     allocations, base = [], 16
     for _ in range(draw(st.integers(1, 4))):
         base += draw(st.sampled_from([0, 0, 3]))

@@ -1,6 +1,6 @@
 """Who publishes, in each of the shapes in which SGLang's releases keep their ranks.
 
-The runners are fakes with the attributes of shared/sglang-entry-points.md's table;
+The runners are fakes with the attributes that SGLang's releases give theirs;
 ``tests/real_sglang`` asks the real ones.
 """
 

@@ -326,9 +326,7 @@ def test_without_the_lock_file_the_start_time_tells_a_process_from_the_next_with
     assert not live.slot.owner_alive()
 
 
-def test_a_pid_of_an_earlier_boot_is_nobodys(
-    publisher: Callable[..., Publisher], maps: Path
-) -> None:
+def test_a_pid_of_an_earlier_boot_is_stale(publisher: Callable[..., Publisher], maps: Path) -> None:
     # The same host, pid and start time, but before a restart: its lock went with it.
     live = publisher()
     retell(maps, "0", boot_id="of the boot before")

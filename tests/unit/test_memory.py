@@ -142,7 +142,7 @@ def test_the_figures_add_up_to_the_devices_total_and_none_is_negative(world: Wor
 
 @given(worlds(releasing=True))
 def test_pages_taken_away_are_never_more_than_unbacked_and_what_hides_them(world: World) -> None:
-    # The driver tells only what is used, so the pages that are gone and what else is on the
+    # The driver tells only what is used, so the pages that are released and what else is on the
     # device can't be told apart: one of the two figures is their difference, the other 0.
     figures = world.account()
     assert figures["other_bytes"] - figures["unbacked_bytes"] == world.context - world.released
@@ -342,7 +342,7 @@ def test_every_slots_figures_add_up_to_the_same_total(
         *pool.v_buffer,
     ]
     device = a_device_that_holds(*everything)
-    monkeypatch.setattr(memory, "device", lambda device_type: device)
+    monkeypatch.setattr(memory, "device", lambda device_type, index: device)
     update(target)
     update(draft)
     named = sum(storages(*everything).values())

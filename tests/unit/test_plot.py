@@ -119,14 +119,14 @@ def test_a_hostile_name_is_only_ever_a_name() -> None:
 
 
 def test_documents_that_lack_nearly_everything_are_shown() -> None:
-    withdrawn = {
+    invalidated = {
         "identity": {"pid": 1},
         "tensors": {},
         "regions": [],
         "memory": {},
         "validation": {"problem": "capture failed"},
     }
-    slots = Page(plot.page([withdrawn, {}])).data["slots"]
+    slots = Page(plot.page([invalidated, {}])).data["slots"]
     assert len(slots) == 2
     assert slots[0]["validation"]["problem"] == "capture failed"
     assert Page(plot.page([])).data["slots"] == []

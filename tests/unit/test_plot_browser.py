@@ -112,15 +112,15 @@ def test_without_device_figures_the_page_says_so(show: Show) -> None:
     assert "NaN" not in dom.partition('id="app"')[2].partition("<script")[0]
 
 
-def test_a_withdrawn_map_is_shown_as_such(show: Show) -> None:
-    withdrawn = {
+def test_an_invalidated_map_is_shown_as_such(show: Show) -> None:
+    invalidated = {
         **a_document(()),
         "state": "failed",
         "regions": [],
         "memory": {},
         "validation": {"problem": "capture failed: no"},
     }
-    assert "Invalidated: capture failed: no" in show([withdrawn])
+    assert "Invalidated: capture failed: no" in show([invalidated])
 
 
 SEARCH = """

@@ -301,7 +301,7 @@ def test_a_directory_in_a_documents_place_is_an_error(put: Put) -> None:
         open_slot(str(maps), "0").read(timeout=0)
 
 
-# --- slots and doors ----------------------------------------------------------------------
+# --- slots and ways to open one ------------------------------------------------------------
 
 
 def test_the_slots_of_a_directory_are_those_with_a_state_file(put: Put) -> None:

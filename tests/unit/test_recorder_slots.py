@@ -73,7 +73,7 @@ def test_a_model_stands_for_its_runner(runner: FakeRunner, maps: Path) -> None:
     assert generations(maps) == (1, 2)
 
 
-def test_a_model_of_no_known_runner_is_nobodys_event(runner: FakeRunner, maps: Path) -> None:
+def test_a_model_of_no_known_runner_is_an_event_of_no_slot(runner: FakeRunner, maps: Path) -> None:
     event("reset_tensors", "update", [a_model()])
     assert generations(maps) == (1, 1)
     assert len(list(maps.glob("weight_state_*.json"))) == 1

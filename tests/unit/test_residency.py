@@ -37,11 +37,11 @@ def test_what_was_released_is_released_and_what_is_resumed_has_fresh_pages(
     assert standing(maps) == FRESH
     named = tags or list(TAGS)
     assert scheduler.release_memory_occupation(FakeRequest(tags)) == "released"
-    gone = dict.fromkeys(named, "released")
+    released = dict.fromkeys(named, "released")
     assert standing(maps) == {
         **FRESH,
         "state": "released" if "weights" in named else "ready",
-        "residency": {**RESIDENT, **gone},
+        "residency": {**RESIDENT, **released},
     }
     assert scheduler.resume_memory_occupation(FakeRequest(tags)) == "resumed"
     assert standing(maps) == {
@@ -107,7 +107,7 @@ def test_the_epoch_rises_with_each_round(runner: FakeRunner, scheduler: Any, map
     assert standing(maps)["layout_generation"] == 1
 
 
-def test_a_tag_of_no_known_memory_is_nobodys_weights(
+def test_a_tag_of_no_known_memory_leaves_the_weights_resident(
     runner: FakeRunner, scheduler: Any, maps: Path
 ) -> None:
     scheduler.release_memory_occupation(FakeRequest(["a tag of a later release"]))
@@ -180,7 +180,7 @@ def test_a_resume_of_what_was_never_released_gives_no_fresh_pages(
 def test_pages_that_a_release_took_before_it_failed_are_fresh_when_they_are_resumed(
     runner: FakeRunner, scheduler: Any, saver: FakeMemorySaver, maps: Path
 ) -> None:
-    # Released in the order kv_cache, weights, cuda_graph: the weights are gone when it fails.
+    # Released in the order kv_cache, weights, cuda_graph: the weights are released when it fails.
     saver.fails_at = "cuda_graph"
     with pytest.raises(RuntimeError, match="memory saver failed"):
         scheduler.release_memory_occupation(FakeRequest())

@@ -43,7 +43,7 @@ def test_the_layout_stands_while_the_driver_knows_nothing_of_the_memory(
     before = layout_of(maps)
     assert {region["allocation_source"] for region in before["regions"]} == {"driver"}
     assert {region["allocation_kind"] for region in before["regions"]} == {"vmm"}
-    scheduler.during = driver.clear  # unmapped: nobody's memory
+    scheduler.during = driver.clear  # unmapped: of no allocation
     scheduler.release_memory_occupation(FakeRequest(["weights"]))
     released = layout_of(maps)
     assert released["regions"] == before["regions"]

@@ -46,7 +46,7 @@ def test_any_sequence_of_releases_and_resumes_is_told_as_it_is(
     runner = FakeRunner(nn.Linear(2, 2))
     load(runner)
     settle()
-    gone: set[str] = set()
+    released: set[str] = set()
     doubtful: set[str] = set()  # named by a release that failed: how far it came is not known
     epochs = {"weights": 0, "kv_cache": 0, "cuda_graph": 0}
     broken = False
@@ -59,11 +59,11 @@ def test_any_sequence_of_releases_and_resumes_is_told_as_it_is(
             failed = not success
             touched = set(named or TAGS) if success and enabled else set()
             if what == "release":
-                gone |= touched
+                released |= touched
                 doubtful |= set(named or TAGS) if failed and enabled else set()
             else:
-                rising = {tag: tag in gone for tag in touched}
-                gone -= touched
+                rising = {tag: tag in released for tag in touched}
+                released -= touched
                 for tag in doubtful & touched & {"weights", "kv_cache"}:
                     rising[tag] = epoch_of(state_of(maps), tag) > epochs[tag]
                 doubtful -= touched
@@ -76,9 +76,9 @@ def test_any_sequence_of_releases_and_resumes_is_told_as_it_is(
             recorder.finish(begun, (what != "fail", "said"), None)
             broken = what == "fail"
         state = state_of(maps)
-        assert {tag for tag in TAGS if state["residency"][tag] == "released"} == gone
+        assert {tag for tag in TAGS if state["residency"][tag] == "released"} == released
         expected = "ready"
-        if "weights" in gone:
+        if "weights" in released:
             expected = "released"
         elif failed or broken:
             expected = "failed"

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "sglang_weight_hook"
-# A published slot "0" whose owner is gone: there is no need for torch to read one.
+# A published slot "0" whose owner has exited: there is no need for torch to read one.
 SLOT = ROOT / "tests" / "compatibility" / "documents_0_1" / "after_load"
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

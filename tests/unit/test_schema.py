@@ -128,7 +128,7 @@ def test_released_weights_are_valid(runner: FakeRunner, maps: Path) -> None:
     assert check(maps)["state"] == "ready"
 
 
-def test_a_withdrawn_map_is_valid(
+def test_an_invalidated_map_is_valid(
     runner: FakeRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> None:
@@ -137,8 +137,8 @@ def test_a_withdrawn_map_is_valid(
     monkeypatch.setattr(capture, "capture", fail)
     update(runner)
     assert check(maps)["state"] == "failed"
-    withdrawn = json.loads((maps / files.LAYOUT.format("0")).read_bytes())
-    assert withdrawn["tensors"] == {}
+    invalidated = json.loads((maps / files.LAYOUT.format("0")).read_bytes())
+    assert invalidated["tensors"] == {}
 
 
 def test_a_draft_and_its_target_are_valid(runner: FakeRunner, maps: Path) -> None:
@@ -204,7 +204,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an event that ended without counts": lambda d: d["event"].pop("moved"),
     "an event without a beginning": lambda d: d["event"].pop("started_at"),
     "no process": lambda d: d["identity"].pop("pid"),
-    "withdrawn, and still with addresses": lambda d: d.update(validation={"problem": "x"}),
+    "invalidated, and still with addresses": lambda d: d.update(validation={"problem": "x"}),
     "tensors as a list": lambda d: d.update(tensors=[]),
 }
 

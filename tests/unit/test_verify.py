@@ -90,7 +90,7 @@ def test_during_an_update_the_other_files_are_not_compared(runner: FakeRunner, m
     assert during == [[(WARNING, "state")]]
 
 
-def test_a_withdrawn_map_is_an_error(runner: FakeRunner, maps: Path) -> None:
+def test_an_invalidated_map_is_an_error(runner: FakeRunner, maps: Path) -> None:
     kept = runner.model
     runner.model = None
     update(runner)

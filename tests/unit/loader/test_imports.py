@@ -234,8 +234,7 @@ print(spec is not None, sorted(set(sys.modules) - before))
 def test_a_target_imported_while_another_thread_imports_the_core_ends_no_deadlock(
     python: RunPython,
 ) -> None:
-    code = (
-        f"""
+    code = f"""
 import faulthandler, importlib.machinery, sys, threading, time
 faulthandler.dump_traceback_later(20, exit=True)
 {INSTALL.strip()}
@@ -259,5 +258,4 @@ target.join()
 ModelRunner = sys.modules[{RUNNER!r}].ModelRunner
 print({PATCHED})
 """
-    )
     assert python(code).stdout == "True\n"

@@ -98,7 +98,7 @@ def test_a_finder_in_front_that_keeps_an_import_from_us_is_made_up_for(
     python: RunPython,
 ) -> None:
     # The import hooks of typeguard and jaxtyping are like that.  What calls install() again is
-    # SGLang's plugin door.
+    # SGLang's plugin entry point.
     done = python(
         INSTALL
         + BYPASS
