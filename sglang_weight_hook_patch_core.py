@@ -6,6 +6,9 @@ an ``if``.  A wrapper is a thin shell around SGLang's method: it tells the recor
 object that came back or lets the exception through, and tells the recorder how it ended.
 Nothing that goes wrong on our side reaches SGLang.  File formats are not known here.
 
+Longer than 500 lines because the loader and the installers know it by its one name, and half of it
+is the table.
+
 Imported by ``sglang_patch_loader`` when the first of SGLang's target modules has executed,
 so everything imported below is in SGLang's process already.  Python 3.9 to 3.14.
 

@@ -177,6 +177,13 @@ class Memory(TypedDict, total=False):
             "process has too: subtract them when adding up slots."
         ),
     ]
+    off_device_bytes: Annotated[
+        Optional[Count],
+        Field(
+            "Storages of weights on another device than the runner's (offloaded to the host), each "
+            "counted once. No part of the device's sum."
+        ),
+    ]
     kv_cache: Annotated[list[KvRange], Field("Every buffer of the KV cache.")]
 
 

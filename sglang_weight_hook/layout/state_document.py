@@ -144,8 +144,9 @@ class Event(TypedDict, total=False):
     answered: Annotated[
         Optional[bool],
         Field(
-            "Whether SGLang answered the request with success. It answers false, for example, where "
-            "the weights were written and its cache was not flushed. null: nobody asked SGLang."
+            "Whether SGLang answered the request with success. It answers false, for example, "
+            "where the weights were written and its cache was not flushed. null: nobody asked "
+            "SGLang."
         ),
     ]
     message: Annotated[
@@ -169,8 +170,8 @@ class Event(TypedDict, total=False):
     calls: Annotated[
         int,
         Field(
-            "How many calls the event consists of: the buckets of a stream or session, calls inside "
-            "calls. 0 for an unannounced change.",
+            "How many calls the event consists of: the buckets of a stream or session, calls "
+            "inside calls. 0 for an unannounced change.",
             required=True,
             minimum=0,
         ),

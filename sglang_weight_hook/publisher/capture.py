@@ -38,6 +38,8 @@ class Capture(NamedTuple):
     torch_names: dict[str, str]
     # Canonical names of tensors whose bytes SGLang rewrites or swaps in a forward.
     volatile: frozenset[str]
+    # Storages on other devices, where weights are offloaded to: address there -> bytes.
+    off_device: dict[int, int]
     device_index: Optional[int]  # of the CUDA device; None: not on one
     without: frozenset[str]  # names of plain attributes that are left out
     footprint: Optional[Footprint]
@@ -57,77 +59,98 @@ def capture(runner: Any, footprint: bool = True, without: Collection[str] = ()) 
     # The pool before the attributes: LoRA layers hold the pool's tensors as attributes of theirs.
     attributes = walk.tensors.pop(ATTRIBUTE)
     kinds = {**walk.tensors, LORA: list(lora_pool(runner)), ATTRIBUTE: attributes}
-
-    tensors: dict[str, Row] = {}
-    aliases: dict[str, list[str]] = {}
-    left_out = {**walk.left_out, **dict.fromkeys(without, _RESTLESS)}
-    torch_names: dict[str, str] = {}
-    by_identity: dict[int, str] = {}
-    by_address: dict[int, str] = {}  # the first row at an address
-    further: dict[int, list[str]] = {}  # and others that begin there
-    wrappers = Wrappers()
+    table = _Table(device_type, {**walk.left_out, **dict.fromkeys(without, _RESTLESS)})
     for kind, named in kinds.items():
-        for outer_name, outer in named:
-            canonical = by_identity.get(id(outer))
-            if canonical is not None:
-                if canonical != outer_name:
-                    aliases.setdefault(canonical, []).append(outer_name)
-                continue
-            try:
-                rows = (
-                    [
-                        (name, row_of(kind, tensor, device_type))
-                        for name, tensor in plain_tensors(outer_name, outer)
-                    ]
-                    if wrappers[type(outer)]
-                    else [(outer_name, row_of(kind, outer, device_type))]
-                )
-            except Exception as error:
-                left_out[outer_name] = f"{type(error).__name__}: {error}"[:200]
-                continue
-            for name, row in rows:
-                # A second tensor object over the very same elements (a re-bound draft head, a
-                # parameter and a plain attribute holding its .data) is one tensor to a reader.
-                canonical = by_address.get(row.ptr)
-                if canonical is not None and not _same_elements(tensors[canonical], row):
-                    canonical = next(
-                        (
-                            other
-                            for other in further.get(row.ptr, ())
-                            if _same_elements(tensors[other], row)
-                        ),
-                        None,
-                    )
-                if canonical is not None:
-                    aliases.setdefault(canonical, []).append(name)
-                elif name in tensors:
-                    # "a.b" can be b of module a, or an attribute of that very name.
-                    left_out[f"{name} ({kind})"] = "another tensor has this name"
-                    continue
-                else:
-                    tensors[name] = row
-                    if row.ptr and by_address.setdefault(row.ptr, name) is not name:
-                        further.setdefault(row.ptr, []).append(name)
-                by_identity.setdefault(id(outer), canonical or name)
-                if kind == PARAMETER:
-                    torch_names[name] = canonical or name
+        for name, tensor in named:
+            table.add(kind, name, tensor)
+    tensors = table.tensors
     lora_attributes(tensors)
     allocations = allocations_of(tensors.values())
     return Capture(
         device_type=device_type,
         tensors=tensors,
-        aliases=aliases,
-        left_out=left_out,
+        aliases=table.aliases,
+        left_out=table.left_out,
         expected={kind: len(named) for kind, named in kinds.items()},
         allocations=allocations,
         allocation_kinds=allocation_kinds(allocations),
         kv_cache=kv_cache(runner),
-        torch_names=torch_names,
+        torch_names=table.torch_names,
         volatile=volatile_names(tensors, walk),
+        off_device=table.off_device,
         without=frozenset(without),
         device_index=identity.gpu_id(runner) if device_type == "cuda" else None,
         footprint=footprint_of(model, walk, device_type) if footprint else None,
     )
+
+
+class _Table:
+    """Rows by canonical name: the first of the names that the model has for a tensor."""
+
+    def __init__(self, device_type: str, left_out: dict[str, str]) -> None:
+        self.tensors: dict[str, Row] = {}
+        self.aliases: dict[str, list[str]] = {}
+        self.left_out = left_out
+        self.torch_names: dict[str, str] = {}
+        self.off_device: dict[int, int] = {}
+        self._device_type = device_type
+        self._by_identity: dict[int, str] = {}
+        self._by_address: dict[int, str] = {}  # the first row at an address
+        self._further: dict[int, list[str]] = {}  # and others that begin there
+        self._wrappers = Wrappers()
+
+    def add(self, kind: str, outer_name: str, outer: Any) -> None:
+        """A tensor, or a wrapper and the tensors in it, under one of its names."""
+        canonical = self._by_identity.get(id(outer))
+        if canonical is not None:
+            if canonical != outer_name:
+                self.aliases.setdefault(canonical, []).append(outer_name)
+            return
+        is_wrapper = self._wrappers[type(outer)]
+        try:
+            plain = plain_tensors(outer_name, outer) if is_wrapper else [(outer_name, outer)]
+            rows = [
+                (name, row_of(kind, tensor, self._device_type), tensor) for name, tensor in plain
+            ]
+        except Exception as error:
+            self.left_out[outer_name] = f"{type(error).__name__}: {error}"[:200]
+            return
+        for name, row, tensor in rows:
+            found = self._enter(kind, name, row)
+            if found is None:
+                continue
+            self._by_identity.setdefault(id(outer), found)
+            if kind == PARAMETER:
+                self.torch_names[name] = found
+            if not row.resident and row.device != "meta":
+                # Its address is none of the device's, so it is not published; its bytes count.
+                self.off_device[tensor.untyped_storage().data_ptr()] = row.storage_size
+
+    def _enter(self, kind: str, name: str, row: Row) -> Optional[str]:
+        """The canonical name under which the row is now; None where the name is another's."""
+        # A second tensor object over the very same elements (a re-bound draft head, a parameter
+        # and a plain attribute holding its .data) is one tensor to a reader.
+        canonical = self._by_address.get(row.ptr)
+        if canonical is not None and not _same_elements(self.tensors[canonical], row):
+            canonical = next(
+                (
+                    other
+                    for other in self._further.get(row.ptr, ())
+                    if _same_elements(self.tensors[other], row)
+                ),
+                None,
+            )
+        if canonical is not None:
+            self.aliases.setdefault(canonical, []).append(name)
+            return canonical
+        if name in self.tensors:
+            # "a.b" can be b of module a, or an attribute of that very name.
+            self.left_out[f"{name} ({kind})"] = "another tensor has this name"
+            return None
+        self.tensors[name] = row
+        if row.ptr and self._by_address.setdefault(row.ptr, name) is not name:
+            self._further.setdefault(row.ptr, []).append(name)
+        return name
 
 
 def _same_elements(one: Row, other: Row) -> bool:

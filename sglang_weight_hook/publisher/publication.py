@@ -215,6 +215,7 @@ def _memory(tracked: Tracked, captured: Capture) -> tuple[dict[str, Any], Option
     }
     figures = memory.account(found, *tracked.storages, theirs, tracked.released_bytes())
     figures.update(_shared(tracked, siblings))
+    figures["off_device_bytes"] = sum(captured.off_device.values())
     return figures, memory.reconcile(found, {**theirs, **mine})
 
 

@@ -95,17 +95,15 @@ class _Storages:
         self.weights: dict[int, int] = {}
         self.lora: dict[int, int] = {}
         self.kv_cache: dict[int, int] = {}
-        self.elsewhere: dict[tuple[str, int], int] = {}
+        self.elsewhere = 0
         self.released: dict[int, int] = {}
 
     def add(self, document: Document) -> None:
         released = _released(document)
+        self.elsewhere += _off_device(document)
         for tensor in document.iter_tensors():
             place, size = tensor.storage_ptr, tensor.storage_size
-            if not place:
-                continue
-            if not tensor.resident:
-                self.elsewhere[(tensor.device, place)] = size
+            if not place or not tensor.resident:
                 continue
             (self.lora if tensor.kind == "lora" else self.weights)[place] = size
             if "weights" in released:
@@ -170,13 +168,25 @@ def _sum(documents: list[Document]) -> Gpu:
         lora=sum(sum(found.lora.values()) for found in storages.values()),
         kv_cache=sum(sum(found.kv_cache.values()) for found in storages.values()),
         released=sum(sum(found.released.values()) for found in storages.values()),
-        elsewhere=sum(sum(found.elsewhere.values()) for found in storages.values()),
+        elsewhere=sum(found.elsewhere for found in storages.values()),
         other_live=other_live,
         reserved_free=reserved_free,
         outside=outside,
         unbacked=unbacked,
         free=free,
         total=total,
+    )
+
+
+def _off_device(document: Document) -> int:
+    """Bytes of weights on another device; of an older map the values, which may share storage."""
+    told = _figure(document, "off_device_bytes")
+    if told is not None:
+        return told
+    return sum(
+        tensor.size
+        for tensor in document.iter_tensors()
+        if not tensor.resident and tensor.device != "meta"
     )
 
 

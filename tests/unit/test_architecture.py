@@ -24,10 +24,7 @@ PENDING = {
     "sglang_weight_hook/commands/report.py::report",
     "sglang_weight_hook/commands/show.py::show",
     "sglang_weight_hook/commands/verify.py::verify_",
-    "sglang_weight_hook/publisher/capture.py::capture",
     "sglang_weight_hook/publisher/recorder.py",
-    "sglang_weight_hook/publisher/walk.py::walk_model",
-    "sglang_weight_hook_patch_core.py",
 }
 
 

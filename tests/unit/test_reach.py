@@ -160,3 +160,14 @@ def test_an_attribute_that_forwards_bind_again_and_again_is_left_out_and_said(
     assert len(log_of(maps)) <= count + 1
     moves = [line for line in log_of(maps) if line["kind"] == "unannounced_change"]
     assert len(moves) <= tracked.RESTLESS + 1
+
+
+def test_offloaded_storages_count_once_though_they_have_no_address_here() -> None:
+    model = nn.Module()
+    whole = torch.zeros(4, 4)
+    model.a, model.b = nn.Parameter(whole[:2]), nn.Parameter(whole[2:])
+    model.other = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    model.absent = nn.Parameter(torch.empty(8, device="meta"))
+    captured = capture(model, device="cuda")
+    assert [row.ptr for row in captured.tensors.values()] == [0, 0, 0, 0]
+    assert sum(captured.off_device.values()) == 64 + 4
