@@ -12,6 +12,7 @@ from typing import Any
 import sglang_weight_hook as hook
 from tests.gpu import checkpoint_bytes
 from tests.gpu.gpu_server import GpuServer
+from tests.unit.memory_figures import PARTS, sum_of_parts
 
 
 class Report:
@@ -64,11 +65,8 @@ def check_geometry(document: hook.Document, seen: dict[str, Any]) -> None:
 
 def check_memory(document: hook.Document, seen: dict[str, Any]) -> None:
     memory = document.raw["memory"]
-    parts = ("weights", "lora", "kv_cache", "siblings", "other_live", "reserved_free", "other")
-    total = sum(memory[f"{part}_bytes"] for part in parts)
-    total += memory["device_free_bytes"] - memory["unbacked_bytes"]
-    assert total == memory["device_total_bytes"], memory
-    seen.update({part: memory[f"{part}_bytes"] for part in parts})
+    assert sum_of_parts(memory) == memory["device_total_bytes"], memory
+    seen.update({part: memory[part] for part in PARTS})
     seen.update(document.raw["validation"]["allocator"])
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.gpu.cuda_model import MIB, Driver, a_model, fixed, layout_in, live_tensors, load, noise
 from tests.unit.fake_sglang import FakeRunner, update
+from tests.unit.memory_figures import PARTS, sum_of_parts
 
 torch: Any = pytest.importorskip("torch")
 pytestmark = [
@@ -30,19 +31,9 @@ def active_bytes() -> int:
 def test_memory_adds_up_to_the_devices_total(runner: FakeRunner, layout: Any) -> None:
     free, total = torch.cuda.mem_get_info()
     figures = layout["memory"]
-    parts = (
-        "weights_bytes",
-        "lora_bytes",
-        "kv_cache_bytes",
-        "siblings_bytes",
-        "other_live_bytes",
-        "reserved_free_bytes",
-        "other_bytes",
-        "device_free_bytes",
-    )
-    said = {name: figures[name] for name in (*parts, "unbacked_bytes", "device_total_bytes")}
+    said = {name: figures[name] for name in (*PARTS, "unbacked_bytes", "device_total_bytes")}
     assert figures["device_total_bytes"] == total
-    assert sum(figures[name] for name in parts) - figures["unbacked_bytes"] == total, said
+    assert sum_of_parts(figures) == total, said
     assert figures["unbacked_bytes"] == 0, f"reserved more than is used: {said}"
     assert all(value >= 0 for value in said.values()), said
     # Everybody's, so it may have changed meanwhile, but not by much.

@@ -16,6 +16,7 @@ import pytest
 from fake_sglang import FakeRunner, load, settle, update
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_figures import sum_of_parts
 
 from sglang_weight_hook.layout import files
 from sglang_weight_hook.publisher import cuda_driver, memory, recorder
@@ -26,16 +27,6 @@ nn = torch.nn
 
 LIVE = ("active_allocated", "active_pending_free")
 KINDS = ("weights", "lora", "kv_cache", "siblings")
-PARTS = (
-    "weights_bytes",
-    "lora_bytes",
-    "kv_cache_bytes",
-    "siblings_bytes",
-    "other_live_bytes",
-    "reserved_free_bytes",
-    "other_bytes",
-    "device_free_bytes",
-)
 
 
 class World(NamedTuple):
@@ -112,8 +103,7 @@ def worlds(draw: st.DrawFn, with_addresses: bool = True, releasing: bool = False
 
 
 def adds_up(figures: dict[str, Any]) -> bool:
-    parts = sum(figures[name] for name in PARTS)
-    return bool(parts - figures["unbacked_bytes"] == figures["device_total_bytes"])
+    return bool(sum_of_parts(figures) == figures["device_total_bytes"])
 
 
 # --- one device ---------------------------------------------------------------------------

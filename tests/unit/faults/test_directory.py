@@ -17,7 +17,6 @@ from faulty_runner import (
     ANSWER,
     ModelRunner,
     everything_parses,
-    freshly_patched,
     no_leftovers,
     use,
     warnings,
@@ -26,11 +25,6 @@ from faulty_runner import (
 from sglang_weight_hook import reader
 
 torch = pytest.importorskip("torch")
-
-
-@pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
-    return freshly_patched(monkeypatch)
 
 
 def test_an_output_path_that_is_a_file(

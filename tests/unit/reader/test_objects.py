@@ -12,21 +12,11 @@ import pytest
 from fake_sglang import FakeRunner, update
 from hypothesis import given
 from hypothesis import strategies as st
-from small_model import a_runner, torch
+from small_model import torch
 
 from sglang_weight_hook import reader
 from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import Document, HookError, open_file, open_slot
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return a_runner()
-
-
-@pytest.fixture
-def document(runner: FakeRunner, maps: Path) -> Document:
-    return open_slot(str(maps), "0").read()
 
 
 def test_every_tensor_is_what_torch_says(runner: FakeRunner, document: Document) -> None:

@@ -13,7 +13,6 @@ from faulty_runner import (
     LOADED,
     ModelRunner,
     everything_parses,
-    freshly_patched,
     unfinished,
     use,
     warnings,
@@ -22,11 +21,6 @@ from faulty_runner import (
 from sglang_weight_hook import reader
 
 torch = pytest.importorskip("torch")
-
-
-@pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
-    return freshly_patched(monkeypatch)
 
 
 def test_without_any_fault_nothing_is_warned_of(

@@ -11,20 +11,9 @@ from typing import Any
 
 import pytest
 from fake_sglang import FakeRunner, update
-from small_model import a_runner
 
 from sglang_weight_hook import reader
-from sglang_weight_hook.reader import Document, HookError, open_slot
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return a_runner()
-
-
-@pytest.fixture
-def document(runner: FakeRunner, maps: Path) -> Document:
-    return open_slot(str(maps), "0").read()
+from sglang_weight_hook.reader import HookError, open_slot
 
 
 def test_a_change_is_seen_and_quiet_is_not(runner: FakeRunner, maps: Path) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 from any_json import json_values, places, replace_at
-from fake_sglang import FakeRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import a_runner
 
 from sglang_weight_hook import reader
 from sglang_weight_hook.layout import files
@@ -29,17 +27,6 @@ from sglang_weight_hook.reader import (
     spans,
     tensors,
 )
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return a_runner()
-
-
-@pytest.fixture
-def document(runner: FakeRunner, maps: Path) -> Document:
-    return open_slot(str(maps), "0").read()
-
 
 JSON = json_values()
 

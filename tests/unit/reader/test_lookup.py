@@ -7,32 +7,18 @@ spans that no recorder makes.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
-import pytest
 from fake_sglang import FakeRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from small_model import a_runner
 
 from sglang_weight_hook.reader import (
     Document,
     Slot,
     SpanIndex,
     Tensor,
-    open_slot,
 )
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return a_runner()
-
-
-@pytest.fixture
-def document(runner: FakeRunner, maps: Path) -> Document:
-    return open_slot(str(maps), "0").read()
 
 
 def test_every_element_of_every_tensor_is_found_at_its_address(

@@ -12,19 +12,12 @@ import pytest
 from faulty_runner import (
     ModelRunner,
     everything_parses,
-    freshly_patched,
     no_leftovers,
     use,
     warnings,
 )
 
 from sglang_weight_hook import reader
-
-
-@pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
-    return freshly_patched(monkeypatch)
-
 
 KILLED = """
 import os, signal, sys
@@ -61,7 +54,7 @@ def test_kill_9_while_publishing_leaves_files_that_parse_and_a_restart_clears_up
     run_python: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    code = KILLED.format(here=str(Path(__file__).parent))
+    code = KILLED.format(here=str(Path(__file__).parents[1]))
     done = run_python("-c", code, call, str(countdown), check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(everything_parses(maps)) == 6

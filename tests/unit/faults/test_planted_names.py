@@ -11,19 +11,12 @@ import pytest
 from faulty_runner import (
     ModelRunner,
     everything_parses,
-    freshly_patched,
     no_leftovers,
     use,
     warnings,
 )
 
 from sglang_weight_hook.layout import files
-
-
-@pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
-    return freshly_patched(monkeypatch)
-
 
 NAMES = [name.format(0) for name in files.DOCUMENTS]
 
