@@ -76,6 +76,7 @@ def diff(
         reason
         for reason, holds in (
             ("another process", changes.other_process),
+            ("another runner", changes.other_instance and not changes.other_process),
             ("other physical pages", changes.repaged),
             ("other regions", changes.regions_changed),
         )

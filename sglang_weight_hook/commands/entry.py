@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import diff, doctor, lookup, plot, regions, report, show, verify, watch  # noqa: F401
+from . import diff, doctor, history, lookup, plot, regions, report, show, verify, watch  # noqa: F401
 from .app import main
 
 __all__ = ["main"]

@@ -63,6 +63,8 @@ def lookup(
         what = [tensor.kind, tensor.role.replace("_", " "), tensor.dtype.replace("torch.", "")]
         if tensor.layer is not None:
             what.insert(1, f"layer {tensor.layer}")
+        if tensor.volatile:
+            what.append("volatile")
         print_line((printable(tensor.name), "bold"))
         if hit.element is None:
             print_line("  element  none: the byte lies between elements (padding)")

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..reader import open_directory, open_file, verify
-from .app import ACT, command
+from .app import ACT, Misused, command
 from .options import DirOption, JsonOption
 from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
@@ -15,7 +15,9 @@ from .selection import is_path, slots_in, standing
 
 @command(
     "verify",
-    "sglang-weight-hook verify && echo good\nsglang-weight-hook verify 0 --json",
+    "sglang-weight-hook verify && echo good\n"
+    "sglang-weight-hook verify 0 --json\n"
+    "sglang-weight-hook verify --live",
 )
 def verify_(
     slot: Annotated[
@@ -30,6 +32,10 @@ def verify_(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 on warnings, too, not only on errors.")
     ] = False,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Also have each server compare its map with its memory now."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Check the published files: one line for each finding.
@@ -38,12 +44,14 @@ def verify_(
     lives.  Exit status 3 if there is an error.
     """
     if slot is not None and is_path(slot):
+        if live:
+            raise Misused("--live asks the owner of a slot, a saved file has none; name a slot")
         verdicts = [verify.verify_file(open_file(slot))]
     elif slot is not None:
-        verdicts = [verify.verify_slot(open_directory(directory).slot(slot))]
+        verdicts = [verify.verify_slot(open_directory(directory).slot(slot), live=live)]
     else:
         found = open_directory(directory)
-        verdicts = [verify.verify_slot(each) for each in slots_in(found)]
+        verdicts = [verify.verify_slot(each, live=live) for each in slots_in(found)]
     findings = [finding for verdict in verdicts for finding in verdict.findings]
     good = not findings if strict else all(verdict.good for verdict in verdicts)
     if as_json:

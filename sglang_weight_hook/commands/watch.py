@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated, Any, Optional, Union
+from typing import Annotated, Any, Optional
 
 import typer
 
 from ..reader import Change, open_directory
 from .app import ACT, command
 from .options import DirOption
-from .render.text import STYLES, clock, print_line, printable
+from .render.event import event_parts
+from .render.text import clock, print_line, printable
 from .selection import inside
 
 
@@ -86,30 +87,10 @@ def _print_change(change: Change) -> None:
     state = change.state or {}
     event = state.get("event")
     event = event if isinstance(event, dict) else {}
-    started, finished = event.get("started_at"), event.get("finished_at")
     stamp = time.time() if not change.alive else state.get("updated_at")
-    word = str(state.get("state"))
-    parts: list[Union[str, tuple[str, str]]] = [f"{clock(stamp)}  {change.slot.name}  "]
+    where = f"{clock(stamp)}  {printable(change.slot.name)}  "
     if not change.alive:
         pid = state.get("pid")
-        print_line(
-            *parts, ("stale", "bold red"), f"  owner {pid} has exited: addresses are invalid"
-        )
+        print_line(where, ("stale", "bold red"), f"  owner {pid} has exited: addresses are invalid")
         return
-    parts += [
-        (f"{printable(word):8}", STYLES.get(word, "")),
-        f"  {printable(event.get('kind'))}",
-    ]
-    if event.get("success") is not None:
-        parts.append("  ok" if event.get("success") else "  failed")
-    if isinstance(started, (int, float)) and isinstance(finished, (int, float)):
-        parts.append(f"  {max(finished - started, 0.0):.2f} s")
-    parts.append(
-        f"  layout {state.get('layout_generation')} content {state.get('content_generation')}"
-    )
-    for word in ("moved", "added", "removed"):
-        if event.get(word):
-            parts.append(f" {word} {event[word]}")
-    if event.get("success") is False and event.get("message"):
-        parts.append(f": {printable(event['message'])}")
-    print_line(*parts)
+    print_line(where, *event_parts(event, state))

@@ -6,16 +6,17 @@ full disk, and may hold what is not ours: what is no event is left out and count
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Optional
 
 from ..layout import files
-from .errors import FOREIGN, HookError
+from .errors import HookError
+from .files import open_regular
 
 # An event's line has some 800 bytes; of a longer one no more than this is ever in memory.
 MAX_LINE = 64 * 1024
@@ -51,22 +52,23 @@ class History:
 
     def __iter__(self) -> Iterator[PastEvent]:
         self.skipped = 0
-        # The current one first: one that is rotated meanwhile is then met a second time, by its
-        # inode, and not lost.
-        found = [file for file in map(_open, self._paths) if file is not None]
-        try:
+        with contextlib.ExitStack() as opened:
+            # The current one first: one that is rotated meanwhile is then met a second time, by
+            # its inode, and not lost.
+            found: list[BinaryIO] = []
+            for path in self._paths:
+                file = _open(path)
+                if file is not None:
+                    opened.enter_context(file)
+                    if not (found and _same_file(found[0], file)):
+                        found.append(file)
             if not found:
                 raise HookError(
                     f"{self._paths[0]} does not exist: no event of slot {self.slot} was logged in "
                     f"this directory; check the directory and the slot's name"
                 )
-            if len(found) == 2 and _same_file(*found):
-                found.pop().close()
             for file in reversed(found):
                 yield from self._events(file)
-        finally:
-            for file in found:
-                file.close()
 
     def _events(self, file: BinaryIO) -> Iterator[PastEvent]:
         for line in _lines(file):
@@ -81,21 +83,8 @@ class History:
 
 def _open(path: str) -> Optional[BinaryIO]:
     """The file, or None where there is none.  Raises HookError."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise HookError(
-            f"{path} cannot be read ({error.strerror}); read as a user who may, and check that it "
-            f"is a file"
-        ) from error
-    file = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise HookError(f"{path} is not a file; {FOREIGN}")
-    return file
+    descriptor = open_regular(path, follow=False)
+    return None if descriptor is None else os.fdopen(descriptor, "rb")
 
 
 def _same_file(one: BinaryIO, other: BinaryIO) -> bool:

@@ -40,9 +40,10 @@ class Verdict(NamedTuple):
         return not any(finding.level == ERROR for finding in self.findings)
 
 
-def verify_slot(slot: Slot, timeout: float = 10.0) -> Verdict:
+def verify_slot(slot: Slot, timeout: float = 10.0, live: bool = False) -> Verdict:
     """Check a slot: its documents, the legacy files beside them, and its owner.
 
+    ``live``: also have the owner compare its map with memory (`Slot.check`).
     Waits up to ``timeout`` seconds for an update under way.  Raises nothing.
     """
     remarks: list[Remark] = []
@@ -64,6 +65,8 @@ def verify_slot(slot: Slot, timeout: float = 10.0) -> Verdict:
     except (HookError, OSError) as error:
         remarks.append((ERROR, "readable", str(error)))
     remarks += _owner(slot)
+    if live:
+        remarks += _live(slot)
     return Verdict(slot.name, document, [Finding(slot.name, *remark) for remark in remarks])
 
 
@@ -119,11 +122,8 @@ def _read_everything(slot: Slot, timeout: float) -> tuple[Document, dict[str, An
 def _load(path: str) -> Any:
     """A JSON file; None where there is none."""
     try:
-        with open(path, "rb") as file:
-            return json.loads(file.read())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
+        return read_value(path)
+    except HookError as error:
         return Unreadable(str(error))
 
 
@@ -143,6 +143,28 @@ def _owner(slot: Slot) -> Iterator[Remark]:
         f"stale: the owner (pid {pid}) has exited, so the addresses are invalid; start the "
         f"server again",
     )
+
+
+def _live(slot: Slot) -> Iterator[Remark]:
+    """What the owner says when it is asked."""
+    try:
+        found = slot.check()
+    except HookError as error:
+        yield WARNING, "live", f"map and memory were not compared: {error}"
+        return
+    if not found.equal:
+        now = (
+            "the map that is true now has been published: read it again"
+            if found.published
+            else "the new map is not published yet: read it when the event under way is over"
+        )
+        names = ", ".join(found.tensors)
+        yield (
+            ERROR,
+            "live",
+            f"the map was not true: without a call that is known to move weights, tensors have "
+            f"moved, come or gone ({names}); {now}",
+        )
 
 
 def _state(state: Mapping[str, Any]) -> Iterator[Remark]:

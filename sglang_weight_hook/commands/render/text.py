@@ -28,6 +28,13 @@ def clock(stamp: Any) -> str:
         return "--:--:--"
 
 
+def date_and_time(stamp: Any) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stamp))
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "---------- --:--:--"
+
+
 def print_line(*parts: Union[str, tuple[str, str]]) -> None:
     """A line of text; ``(text, style)`` is coloured where colours are wanted."""
     console().print(Text.assemble(*parts), soft_wrap=True)

@@ -1,0 +1,113 @@
+"""``sglang-weight-hook history``."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import re
+import sys
+import time
+from datetime import datetime
+from typing import Annotated, Optional
+
+import typer
+
+from ..reader import HookError, PastEvent, open_directory
+from .app import Misused, command
+from .options import DirOption
+from .render.event import event_parts
+from .render.text import complain, date_and_time, print_line, printable
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+@command(
+    "history",
+    "sglang-weight-hook history --since 12h\n"
+    "sglang-weight-hook history 0 --kind 'update_*' --json\n"
+    "sglang-weight-hook history --kind unannounced_change",
+)
+def history(
+    slot: Annotated[
+        Optional[str],
+        typer.Argument(
+            metavar="SLOT",
+            show_default=False,
+            help="Only events of this slot (0, 0_draft, ...); default: of all slots, by time.",
+        ),
+    ] = None,
+    directory: DirOption = None,
+    since: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Only events since TIME: an age (90s, 15m, 2h, 3d, 1w), a date (2026-11-23), a "
+            "local time (2026-11-23T10:00) or seconds since 1970-01-01 UTC.",
+            metavar="TIME",
+        ),
+    ] = None,
+    kind: Annotated[
+        Optional[str],
+        typer.Option(help="Only events of a kind like GLOB, e.g. 'update_*'.", metavar="GLOB"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each event.")
+    ] = False,
+) -> int:
+    """Print the logged events, the oldest first.
+
+    Also of a server that has exited.  A log keeps the last 1 to 2 MB.
+    """
+    oldest = None if since is None else _time(since, time.time())
+    found = open_directory(directory)
+    if slot is not None:
+        histories = [found.slot(slot).history(oldest, kind)]
+    else:
+        histories = found.histories(oldest, kind)
+    if not histories:
+        raise HookError(
+            f"no event was logged in {found.path}; check --dir and that a server has published "
+            f"there"
+        )
+    for event in heapq.merge(*histories, key=lambda event: event.at):
+        if as_json:
+            line = {"slot": None, **event.raw}
+            line["slot"] = event.slot
+            sys.stdout.write(json.dumps(line) + "\n")
+        else:
+            _print_event(event)
+    for one in histories:
+        if one.skipped:
+            complain(f"slot {one.slot}: {one.skipped} lines of the log are no events: left out")
+    return 0
+
+
+def _print_event(event: PastEvent) -> None:
+    print_line(
+        f"{date_and_time(event.at)}  {printable(event.slot)}  ", *event_parts(event.raw, event.raw)
+    )
+
+
+def _time(text: str, now: float) -> float:
+    """Seconds since 1970-01-01 UTC.  Raises Misused.
+
+    >>> _time("2h", 10_000.0), _time("1795355421.5", 0.0), _time("2026-11-23T10:00+00:00", 0.0)
+    (2800.0, 1795355421.5, 1795428000.0)
+    """
+    age = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    try:
+        if age:
+            value = now - float(age[1]) * _UNITS[age[2]]
+        elif re.fullmatch(r"\d+(\.\d+)?", text.strip()):
+            value = float(text)
+        else:
+            # Python 3.10 knows no Z.
+            value = datetime.fromisoformat(re.sub(r"[zZ]\Z", "+00:00", text.strip())).timestamp()
+        if math.isfinite(value):
+            return value
+    except (ValueError, OverflowError, OSError):
+        pass
+    raise Misused(
+        f"--since {text} is no time; give an age (2h), a time (2026-11-23T10:00) or seconds since "
+        f"1970-01-01 UTC"
+    )
