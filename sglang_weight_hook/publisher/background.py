@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Optional, Protocol
 
 from . import once, settings
@@ -20,6 +21,9 @@ from .control import ControlSocket
 from .tracked import Tracked
 
 NAME = "sglang-weight-hook"
+
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_RETRY_SECONDS = 1.0
 
 # After an event the map is checked this many seconds later, then once a period.
 DELAYS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -116,8 +120,8 @@ class _Background(threading.Thread):
 
     def run(self) -> None:
         try:
-            # SGLang's own threads are to get its signals.
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            # SGLang's own threads are to get its signals; a fault of our own stays ours.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
             while not self.stopping:
                 self.control.serve(self._work())
         except BaseException as error:
@@ -130,9 +134,10 @@ class _Background(threading.Thread):
 
     def _work(self) -> Optional[float]:
         """Do what is due; seconds until something is due again, or None."""
-        waits = [self._recorder.end_streams(time.monotonic())]
+        waits = [_guarded(self._recorder.end_streams, time.monotonic())]
         if self._period > 0:
-            waits += [self._check_if_due(tracked) for tracked in self._recorder.runners()]
+            for tracked in self._recorder.runners():
+                waits.append(_guarded(self._check_if_due, tracked))
         return min((wait for wait in waits if wait is not None), default=None)
 
     def _check_if_due(self, tracked: Tracked) -> Optional[float]:
@@ -186,6 +191,16 @@ class _Background(threading.Thread):
             "content_generation": tracked.content_generation,
             "tensors": list(tracked.changes.names) if not holds else [],
         }
+
+
+def _guarded(work: Callable[..., Optional[float]], argument: Any) -> Optional[float]:
+    """Do it; what fails once (a model that changes while it is captured) is tried again."""
+    try:
+        return work(argument)
+    except Exception as error:
+        name = getattr(work, "__name__", "?").strip("_")
+        once.warn(f"background {name}", "%s failed and is tried again: %r", name, error)
+        return _RETRY_SECONDS
 
 
 def _due_at(tracked: Tracked, period: float) -> float:

@@ -234,9 +234,10 @@ class Slot:
                 self._patient = True
                 once.solved("lock " + self.name)
                 return
-            self.lock_status = "timeout"
-            if patience <= 0:  # nobody was waited for, so nothing is said
+            if patience <= 0:
+                self.lock_status = "not waited for"
                 return
+            self.lock_status = "timeout"
             self._patient = False
             once.warn(
                 "lock " + self.name,

@@ -121,6 +121,25 @@ def test_a_model_that_cannot_be_looked_at_is_not_reported_equal(
     assert background.is_running()
 
 
+def test_a_capture_that_fails_while_it_confirms_a_move_is_tried_again(
+    runner: FakeRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[None] = []
+    find = recorder.Tracked.find_unannounced
+
+    def fail_once(self: recorder.Tracked) -> bool:
+        if not failures:
+            failures.append(None)
+            raise RuntimeError("dictionary changed size during iteration")
+        return find(self)
+
+    monkeypatch.setattr(recorder.Tracked, "find_unannounced", fail_once)
+    runner.model[0].weight.data = torch.zeros(3, 4)
+    eventually(lambda: log_of(maps)[-1]["kind"] == "unannounced_change")
+    assert failures
+    assert background.is_running()
+
+
 def test_offloaded_weights_that_are_on_the_device_during_a_forward_have_not_moved(
     checking: Callable[[float], None], maps: Path
 ) -> None:
