@@ -297,8 +297,10 @@ def _apply_memory(tracked: Tracked, begun: Begun, success: bool) -> bool:
     tags = [tag for tag in begun.details.get("tags") or TAGS if tag in TAGS]
     if not success:
         # How far a release came before it failed is not known: once resumed, its pages count
-        # as other ones.
+        # as other ones.  Whether the weights have pages that hold them shows with the next write.
         tracked.doubtful.update(tags if begun.effect == "release" else ())
+        if WEIGHTS in tags and tracked.event is not None:
+            tracked.event.write_failed = True
         return False
     fresh = set()
     for tag in tags:

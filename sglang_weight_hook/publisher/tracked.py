@@ -253,7 +253,7 @@ class Tracked:
         # What faults when touched comes first, then what may be half written.
         if self.residency[WEIGHTS] == RELEASED:
             return RELEASED
-        if not event.success or self.broken:
+        if self.broken:
             return FAILED
         return READY if self.settled else LOADING
 

@@ -1,0 +1,51 @@
+"""Sequences of events that were published wrongly once, each as short as it can be.
+
+Found by `state_machine`, or by reading for it.  The runners are fakes (`fake_sglang`), their models
+are real torch modules, the files, locks and forked children are real.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_sglang import FakeRunner, event, settle, update
+from published_files import (
+    state_of,
+)
+
+torch = pytest.importorskip("torch")
+
+PHYSICAL = {"tags": ["weights"], "physical": True}
+
+
+# --- failed, and how it is left --------------------------------------------------------------
+
+
+def test_a_release_that_failed_is_mended_by_a_write_alone(runner: FakeRunner, maps: Path) -> None:
+    event("release", "release", details=PHYSICAL, error=RuntimeError("half way"))
+    assert state_of(maps)["state"] == "failed"
+    settle()
+    assert state_of(maps)["state"] == "failed"
+    event("resume", "resume", details=PHYSICAL)
+    assert state_of(maps)["state"] == "failed"
+    update(runner)
+    assert state_of(maps)["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("effect", "details"),
+    [
+        ("adapt", {}),
+        ("release", {"tags": ["weights"], "physical": False}),
+        ("release", {"tags": ["kv_cache"], "physical": True}),
+        ("resume", {"tags": ["kv_cache"], "physical": True}),
+    ],
+)
+def test_a_failure_of_what_does_not_touch_the_weights_leaves_them_ready(
+    effect: str, details: dict[str, Any], runner: FakeRunner, maps: Path
+) -> None:
+    event("call", effect, [], details=details, error=RuntimeError("no such adapter"))
+    state = state_of(maps)
+    assert (state["state"], state["event"]["success"]) == ("ready", False)
