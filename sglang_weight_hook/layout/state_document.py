@@ -225,9 +225,9 @@ class StateDocument(StateName, Standing, Process, total=False):
     lock: Annotated[
         str,
         Field(
-            "held, not held, timeout (a reader held it too long and the server went on), not waited "
-            "for (a reader held it during a forward or an unannounced change), or why there is "
-            "none.",
+            "held, not held, timeout (a reader held it too long and the server went on), "
+            "not waited for (a reader held it during a forward or an unannounced change), or why "
+            "there is none.",
             required=True,
         ),
     ]
