@@ -10,6 +10,8 @@ it (compiled GPU kernels, triton, vllm) is stood in for on ``PYTHONPATH``.
 ``releases.py``        the table: which releases, and what each of them needs
 ``environment.py``     installs a release: one shared venv, one overlay per other release
 ``tiny_model.py``      writes a random checkpoint of a few hundred kilobytes (runs in the venv)
+``architectures.py``   what a checkpoint of each architecture holds
+``tiny_adapter.py``    writes a random LoRA adapter for such a checkpoint (runs in the venv)
 ``server.py``          starts the server, talks to it, and leaves no process behind
 ``orphan_guard.py``    ends the server of a killed caller
 ``online_updates.py``  sends weights as a trainer does: tensors, gloo (runs in the venv)
@@ -18,8 +20,8 @@ it (compiled GPU kernels, triton, vllm) is stood in for on ``PYTHONPATH``.
 ``shims/``             the stand-ins, one folder per reason
 ====================== ==================================================================
 
-What runs under the machine's own Python (everything but ``tiny_model`` and
-``online_updates``) uses the standard library alone: it is what does the installing.
+What runs under the machine's own Python (everything but ``tiny_model``,
+``tiny_adapter`` and ``online_updates``) uses the standard library alone: it is what does the installing.
 
     python -m cpu_sglang setup
     python -m cpu_sglang serve

@@ -1,9 +1,8 @@
 """Writes a random checkpoint small enough to load in no time.
 
-A Llama, a Qwen2, or an EAGLE draft for such a Llama.  Everything a server wants is
-there: config, weights, and a tokenizer in which every byte is a token, so no download is
-needed.  The same arguments give the same weights; another seed gives the "update" of the
-same model.
+One of the families in `architectures`.  Everything a server wants is there: config,
+weights, and a tokenizer in which every byte is a token, so no download is needed.  The
+same arguments give the same weights; another seed gives the "update" of the same model.
 
 Runs in the venv (it needs torch, safetensors and tokenizers):
 
@@ -14,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    # An EAGLE draft for a Llama: embedding and head are the target's, `fc` joins its input.
-    "llama_eagle": "LlamaForCausalLMEagle",
-}
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
-# SGLang pads the vocabulary to a multiple of 64; a checkpoint that is already there
-# makes the shapes on disk and in memory the same.
-VOCABULARY = 320
+from cpu_sglang.architectures import (
+    ARCHITECTURES,
+    SPECIAL_TOKENS,
+    VIDEO_TOKEN,
+    VISION_TOKENS,
+    VOCABULARY,
+    Architecture,
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +45,15 @@ class TinyModel:
         if self.hidden % self.heads or self.heads % self.kv_heads:
             raise ValueError("hidden must divide by heads, and heads by kv_heads")
 
+    @property
+    def family(self) -> Architecture:
+        return ARCHITECTURES[self.architecture]
+
     def config(self) -> dict[str, Any]:
+        family = self.family
         return {
-            "architectures": [ARCHITECTURES[self.architecture]],
-            "model_type": self.architecture.partition("_")[0],
+            "architectures": [family.model_class],
+            "model_type": family.model_type,
             "torch_dtype": self.dtype,
             "hidden_size": self.hidden,
             "intermediate_size": 2 * self.hidden,
@@ -61,7 +62,7 @@ class TinyModel:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.hidden // self.heads,
             "vocab_size": VOCABULARY,
-            "tie_word_embeddings": self.tied_embeddings,
+            "tie_word_embeddings": self.tied_embeddings or family.always_tied,
             "max_position_embeddings": 512,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
@@ -71,36 +72,12 @@ class TinyModel:
             "initializer_range": 0.02,
             "bos_token_id": SPECIAL_TOKENS.index("<s>"),
             "eos_token_id": SPECIAL_TOKENS.index("</s>"),
+            **family.settings(self),
         }
 
-    def weight_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight of the checkpoint under its Hugging Face name."""
-        hidden, inner = self.hidden, 2 * self.hidden
-        kv = self.kv_heads * (hidden // self.heads)
-        eagle = self.architecture == "llama_eagle"
-        top = "" if eagle else "model."
-        if eagle:
-            yield "fc.weight", (hidden, 2 * hidden)
-        else:
-            yield "model.embed_tokens.weight", (VOCABULARY, hidden)
-        for layer in range(self.layers):
-            prefix = f"{top}layers.{layer}."
-            if not (eagle and layer == 0):  # SGLang's models/llama_eagle.py leaves it out
-                yield prefix + "input_layernorm.weight", (hidden,)
-            for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
-                yield prefix + f"self_attn.{name}_proj.weight", (rows, hidden)
-                if self.architecture == "qwen2":
-                    yield prefix + f"self_attn.{name}_proj.bias", (rows,)
-            yield prefix + "self_attn.o_proj.weight", (hidden, hidden)
-            yield prefix + "post_attention_layernorm.weight", (hidden,)
-            yield prefix + "mlp.gate_proj.weight", (inner, hidden)
-            yield prefix + "mlp.up_proj.weight", (inner, hidden)
-            yield prefix + "mlp.down_proj.weight", (hidden, inner)
-        if eagle:
-            return
-        yield "model.norm.weight", (hidden,)
-        if not self.tied_embeddings:
-            yield "lm_head.weight", (VOCABULARY, hidden)
+        return dict(self.family.weights(self))
 
 
 def write_checkpoint(
@@ -110,7 +87,9 @@ def write_checkpoint(
     model = model or TinyModel()
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", model.config())
-    _write_tokenizer(directory)
+    _write_tokenizer(directory, model.family.vision)
+    if model.family.vision:
+        _write_image_processor(directory)
     weights = _random_weights(model, seed)
     _write_weights(directory, weights, shards)
     return sum(weight.numel() for weight in weights.values())
@@ -123,11 +102,12 @@ def _random_weights(model: TinyModel, seed: int) -> dict[str, Any]:
     dtype = getattr(torch, model.dtype)
 
     def weight(name: str, shape: tuple[int, ...]) -> Any:
-        if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=dtype)
-        return (torch.randn(shape, generator=generator) * 0.1).to(dtype)
+        values = torch.randn(shape, generator=generator) * 0.1
+        # Around one, yet no two norms alike: equal ones could be mistaken for each other.
+        is_scale = len(shape) == 1 and name.endswith(".weight")
+        return (1 + values if is_scale else values).to(dtype)
 
-    return {name: weight(name, shape) for name, shape in model.weight_shapes()}
+    return {name: weight(name, shape) for name, shape in model.weight_shapes().items()}
 
 
 def _write_weights(directory: Path, weights: dict[str, Any], shards: int) -> None:
@@ -152,7 +132,7 @@ def _write_weights(directory: Path, weights: dict[str, Any], shards: int) -> Non
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_tokenizer(directory: Path) -> None:
+def _write_tokenizer(directory: Path, vision: bool) -> None:
     from tokenizers import (  # type: ignore[import-not-found, unused-ignore]
         Tokenizer,
         decoders,
@@ -160,12 +140,14 @@ def _write_tokenizer(directory: Path) -> None:
         pre_tokenizers,
     )
 
+    special = [*SPECIAL_TOKENS, *((*VISION_TOKENS, VIDEO_TOKEN) if vision else ())]
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += special[len(SPECIAL_TOKENS) :]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(special)
     tokenizer.save(str(directory / "tokenizer.json"))
 
     roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -182,6 +164,25 @@ def _write_tokenizer(directory: Path) -> None:
         },
     )
     _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+
+
+def _write_image_processor(directory: Path) -> None:
+    from cpu_sglang.architectures import PATCH, SPATIAL_MERGE, TEMPORAL_PATCH
+
+    _write_json(
+        directory / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            "patch_size": PATCH,
+            "temporal_patch_size": TEMPORAL_PATCH,
+            "merge_size": SPATIAL_MERGE,
+            "min_pixels": (2 * PATCH) ** 2,
+            "max_pixels": (8 * PATCH) ** 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+    )
 
 
 def _write_json(path: Path, content: object) -> None:
