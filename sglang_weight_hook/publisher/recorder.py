@@ -275,10 +275,12 @@ def _apply(tracked: Tracked, begun: Begun, success: bool) -> bool:
     if effect in ("settle", "build"):
         tracked.settled = True
         return False
-    if effect in ("open", "adapt"):
+    if effect == "adapt":
         return False
+    if effect == "open":
+        return not success  # half-way, it has unpacked weights that nobody packs again
     if effect in ("load", "commit"):
-        return effect == "commit"
+        return effect == "commit" or tracked.content_generation > 0  # loaded again
     tracked.updated = True
     # Who updates a runner uses it: that counts as built also where no scheduler is (a program
     # that embeds a ModelRunner of its own).  What happens while one is being built does not.

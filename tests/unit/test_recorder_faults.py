@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_sglang import FakeRunner, event, settle, update
+from fake_sglang import FakeRunner, event, load, settle, update
 from published_files import (
+    generations,
     state_of,
 )
 
@@ -49,3 +50,19 @@ def test_a_failure_of_what_does_not_touch_the_weights_leaves_them_ready(
     event("call", effect, [], details=details, error=RuntimeError("no such adapter"))
     state = state_of(maps)
     assert (state["state"], state["event"]["success"]) == ("ready", False)
+
+
+# --- contents ----------------------------------------------------------------------------------
+
+
+def test_a_model_loaded_again_has_other_contents(runner: FakeRunner, maps: Path) -> None:
+    load(runner)
+    assert generations(maps) == (1, 2)
+
+
+def test_a_session_that_opened_half_way_may_have_changed_contents(
+    runner: FakeRunner, maps: Path
+) -> None:
+    event("weight_update_session", "open", [runner], error=RuntimeError("unpacked some"))
+    assert state_of(maps)["state"] == "failed"
+    assert generations(maps) == (1, 2)
