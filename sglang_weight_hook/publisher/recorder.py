@@ -72,7 +72,8 @@ _building: weakref.WeakSet[Call] = weakref.WeakSet()
 _load_order = itertools.count()
 _mutex = threading.RLock()
 _busy = False  # whether the mutex's owner is at work on what the mutex guards
-_requests = threading.local()  # .stack: the requests under way on a thread, the innermost last
+# .stack: the requests under way on a thread, the innermost last.  Held weakly, as calls are.
+_requests = threading.local()
 
 
 class _Exclusive:
@@ -223,14 +224,14 @@ def begin_request(details: dict[str, Any]) -> Request:
     request = Request(details)
     if not hasattr(_requests, "stack"):
         _requests.stack = []
-    _requests.stack.append(request)
+    _requests.stack.append(weakref.ref(request))
     return request
 
 
 def finish_request(request: Request, result: Any, error: Optional[BaseException]) -> None:
     """It has answered ``result``, or raised ``error``."""
     stack = getattr(_requests, "stack", [])
-    while stack and stack.pop() is not request:
+    while stack and stack.pop()() is not request:
         pass
     if not request.participants:
         return
@@ -257,8 +258,13 @@ def finish_request(request: Request, result: Any, error: Optional[BaseException]
 
 def _request() -> Optional[Request]:
     """The innermost request under way on this thread."""
-    stack = getattr(_requests, "stack", None)
-    return stack[-1] if stack else None
+    stack = getattr(_requests, "stack", ())
+    while stack:
+        request: Optional[Request] = stack[-1]()
+        if request is not None:
+            return request
+        stack.pop()
+    return None
 
 
 # --- what effects mean ----------------------------------------------------------------------
@@ -405,6 +411,8 @@ def _reap() -> None:
         if _tracked.get(key) is not tracked:
             continue  # a forked child's copy: the slot is the parent's
         del _tracked[key]
+        for other in _tracked.values():
+            other.openers.discard(key)  # nobody closes that session any more
         _guarded(publication.withdraw, tracked)
 
 

@@ -6,15 +6,20 @@ are real torch modules, the files, locks and forked children are real.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_sglang import FakeRunner, event, load, settle, update
 from published_files import (
+    a_model,
     generations,
+    lock_is_free,
     state_of,
 )
+
+from sglang_weight_hook.publisher import recorder
 
 torch = pytest.importorskip("torch")
 
@@ -66,3 +71,35 @@ def test_a_session_that_opened_half_way_may_have_changed_contents(
     event("weight_update_session", "open", [runner], error=RuntimeError("unpacked some"))
     assert state_of(maps)["state"] == "failed"
     assert generations(maps) == (1, 2)
+
+
+# --- calls and requests whose end is never told ----------------------------------------------
+
+
+def test_a_request_whose_end_is_never_told_keeps_no_event_open(
+    runner: FakeRunner, maps: Path
+) -> None:
+    lost = recorder.begin_request({})
+    update(runner)
+    del lost
+    inner = recorder.begin_request({})
+    update(runner)
+    recorder.finish_request(inner, None, None)
+    assert state_of(maps)["state"] == "ready"
+    assert lock_is_free(maps)
+
+
+def test_a_session_of_a_runner_that_is_gone_keeps_no_other_runner_updating(maps: Path) -> None:
+    runners = [FakeRunner(a_model()), FakeRunner(a_model(), draft=True)]
+    for runner in runners:
+        load(runner)
+    runners[1].model[0].weight = runners[0].model[0].weight
+    settle()
+    event("weight_update_session", "open", [runners[0]])
+    assert state_of(maps, "0_draft")["state"] == "updating"
+    del runner
+    runners.pop(0)
+    gc.collect()
+    update(runners[0])
+    assert state_of(maps, "0_draft")["state"] == "ready"
+    assert lock_is_free(maps, "0_draft")
