@@ -527,6 +527,7 @@ def _after_fork_in_child() -> None:
     _dead.clear()
     background.abandon()
     for tracked in _tracked.values():
+        tracked.event = None  # the child may leave the frames of calls that its parent began
         publication.let_go(tracked)
     _tracked.clear()
 

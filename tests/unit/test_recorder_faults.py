@@ -7,6 +7,7 @@ are real torch modules, the files, locks and forked children are real.
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,28 @@ def test_a_session_of_a_runner_that_is_gone_keeps_no_other_runner_updating(maps:
     update(runners[0])
     assert state_of(maps, "0_draft")["state"] == "ready"
     assert lock_is_free(maps, "0_draft")
+
+
+# --- forked children --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("in_request", [False, True])
+def test_a_child_that_returns_through_its_parents_call_publishes_nothing(
+    in_request: bool, runner: FakeRunner, maps: Path
+) -> None:
+    request = recorder.begin_request({}) if in_request else None
+    begun = recorder.begin("update_weights_from_disk", "update", [runner])
+    before = {path.name: path.read_bytes() for path in maps.iterdir()}
+    child = os.fork()
+    if child == 0:
+        try:
+            recorder.finish(begun, None, SystemExit())
+            if request is not None:
+                recorder.finish_request(request, None, SystemExit())
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert {path.name: path.read_bytes() for path in maps.iterdir()} == before
+    assert not lock_is_free(maps)
