@@ -21,7 +21,8 @@ it (compiled GPU kernels, triton, vllm) is stood in for on ``PYTHONPATH``.
 ====================== ==================================================================
 
 What runs under the machine's own Python (everything but ``tiny_model``,
-``tiny_adapter`` and ``online_updates``) uses the standard library alone: it is what does the installing.
+``tiny_adapter`` and ``online_updates``) uses the standard library alone: it is what does
+the installing.
 
     python -m cpu_sglang setup
     python -m cpu_sglang serve
