@@ -41,6 +41,14 @@ class HeaderFile:
                 os.unlink(temporary)
             raise
 
+    def is_in_place(self) -> bool:
+        """Whether readers find this file: it was neither removed nor replaced."""
+        try:
+            ours, theirs = os.fstat(self._descriptor), os.lstat(self.path)
+        except OSError:
+            return False
+        return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+
     def write(self, header: Header) -> None:
         """Replace the content; ``header.sequence`` is not looked at.  Raises OSError."""
         if self._descriptor < 0:

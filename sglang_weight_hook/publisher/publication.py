@@ -343,19 +343,20 @@ def _write_header(tracked: Tracked, now: float) -> None:
         instance=tracked.instance,
     )
     path = tracked.slot.path(files.HEADER)
-    if tracked.header is not None and (
-        tracked.header.path == path and tracked.slot.has(files.HEADER)
-    ):
+    if tracked.header is not None and tracked.header.path == path and tracked.header.is_in_place():
         tracked.header.write(content)
         return
     if tracked.header is not None:
-        tracked.header.abandon()
+        tracked.header.leave()  # who has the old file mapped is not to poll it for ever
         tracked.header = None
-    tracked.header = header.HeaderFile(path, content)
+    if tracked.slot.is_ours():
+        tracked.header = header.HeaderFile(path, content)
 
 
 def _log(tracked: Tracked, description: dict[str, Any]) -> None:
     """One line of the event log; without it the map is as true as ever."""
+    if not tracked.slot.is_ours():
+        return
     try:
         event_log.EventLog(tracked.slot.directory, tracked.slot.name).append(
             document.event_line(tracked.standing(), description, tracked.process, time.time())

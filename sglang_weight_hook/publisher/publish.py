@@ -129,7 +129,7 @@ class Slot:
         self._saving_fd = -1
         self._patient = True  # whether the next wait for the lock may take lock_timeout
         self.lock_status = "not held"
-        self._claim(is_new=True)
+        self._claim()
 
     def path(self, document: str) -> str:
         """Absolute path of one of `DOCUMENTS` or of the lock files."""
@@ -137,14 +137,13 @@ class Slot:
 
     # -- ownership
 
-    def _claim(self, is_new: bool = False) -> None:
+    def _claim(self) -> None:
         os.makedirs(self.directory, exist_ok=True)
         for name in self._candidates():
             self.name = name
             descriptor = open_lock_file(self.path(OWNER_LOCK))
-            before = self._clear_predecessor if is_new else None
             try:
-                owned = _take_ownership(descriptor, before)
+                owned = _take_ownership(descriptor, self._clear_predecessor)
             except OSError:
                 os.close(descriptor)
                 raise
@@ -194,6 +193,14 @@ class Slot:
         if not self.is_ours():
             self.abandon()
             self._claim()
+
+    def keep(self) -> None:
+        """Before a publication: see to it that it goes into a slot of ours.  Raises nothing.
+
+        Where there is none, `write` says why.
+        """
+        with contextlib.suppress(OSError):
+            self.reclaim_if_lost()
 
     def _disown(self) -> None:
         descriptor, self._owner_fd = self._owner_fd, -1
@@ -259,11 +266,12 @@ class Slot:
 
     def write(self, document: str, content: Any) -> bytes:
         """Publish one document; its bytes.  Raises OSError."""
-        path = self.path(document)
         # The layout is for programs, and at 3,000 tensors indentation would double it.
         data = encode(content, indent=document != LAYOUT)
+        if self._owner_fd < 0:  # what is at the path may be another process's
+            self._claim()
         try:
-            write_whole(path, data)
+            write_whole(self.path(document), data)
         except FileNotFoundError:
             # The directory was removed while the server runs: make it again.
             self.reclaim_if_lost()
@@ -278,7 +286,10 @@ class Slot:
 
         A state that can't be removed speaks of the past as if it were so now.  Then the slot is
         disowned: readers take what is there for a dead process's.  The next event claims anew.
+        In a slot that is not ours any more nothing is removed.
         """
+        if not self.is_ours():
+            return
         try:
             os.unlink(self.path(document))
         except FileNotFoundError:

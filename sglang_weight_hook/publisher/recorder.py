@@ -208,6 +208,7 @@ def _conclude(done: list[Tracked]) -> None:
 def _publish(done: list[Tracked], holds: Optional[dict[Tracked, Optional[bool]]] = None) -> None:
     """All are looked at before any is published: each document speaks of the others, too."""
     for tracked in done:
+        tracked.slot.keep()
         if tracked.event is not None:
             tracked.broken = tracked.event.leaves_broken(tracked.broken)
         _guarded(tracked.look, (holds or {}).get(tracked))

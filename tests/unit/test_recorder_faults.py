@@ -6,21 +6,26 @@ are real torch modules, the files, locks and forked children are real.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_sglang import FakeRunner, event, load, settle, update
+from fake_sglang import FakeRunner, event, load, settle, stream, update
 from published_files import (
     a_model,
     generations,
+    header_of,
+    layout_of,
     lock_is_free,
     state_of,
 )
 
-from sglang_weight_hook.publisher import recorder
+from sglang_weight_hook.layout import files, header
+from sglang_weight_hook.publisher import background, recorder, settings
 
 torch = pytest.importorskip("torch")
 
@@ -129,3 +134,95 @@ def test_a_child_that_returns_through_its_parents_call_publishes_nothing(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert {path.name: path.read_bytes() for path in maps.iterdir()} == before
     assert not lock_is_free(maps)
+
+
+# --- a directory that is removed, and a slot that is another's then ----------------------------
+
+
+class AnotherProcess:
+    """The owner of slot 0 in a directory that was removed and made again."""
+
+    def __init__(self, maps: Path) -> None:
+        shutil.rmtree(maps)
+        maps.mkdir()
+        self.maps = maps
+        self.owner = (maps / files.OWNER_LOCK.format(0)).open("wb")
+        fcntl.flock(self.owner, fcntl.LOCK_EX)
+        for name in (*files.DOCUMENTS, files.HEADER):
+            (maps / name.format(0)).write_bytes(b'{"another": "process"}')
+
+    def files(self) -> dict[str, bytes]:
+        names = (name.format(0) for name in (*files.DOCUMENTS, files.HEADER))
+        return {name: (self.maps / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("what", ["update", "session", "stream"])
+def test_an_event_under_way_ends_in_no_slot_that_is_another_process_by_then(
+    what: str, runner: FakeRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "stream":
+        monkeypatch.setenv("SGLANG_WEIGHT_HOOK_QUIET_MS", "60000")
+        settings._settings = None
+        monkeypatch.setattr(background, "ensure", lambda *_: True)
+        stream(runner)
+    elif what == "session":
+        event("weight_update_session", "open", [runner])
+    else:
+        begun = recorder.begin("update_weights_from_disk", "update", [runner])
+    other = AnotherProcess(maps)
+    before = other.files()
+    if what == "stream":
+        recorder._RECORDER.end_streams(0.0, everything=True)
+    elif what == "session":
+        event("weight_update_session", "close", [runner])
+    else:
+        recorder.finish(begun, (True, "ok"), None)
+    assert other.files() == before
+    (own,) = (path.name for path in maps.glob("weight_state_0.*-*.json"))
+    slot = own[13:-5]
+    assert state_of(maps, slot)["state"] == header_of(maps, slot).state == "ready"
+    assert state_of(maps, slot)["slot"] == slot
+    ptr = runner.model[0].weight.data_ptr()
+    assert layout_of(maps, slot)["tensors"]["0.weight"]["ptr"] == ptr
+    other.owner.close()
+
+
+def test_what_a_dead_owner_left_is_not_taken_for_ones_own(runner: FakeRunner, maps: Path) -> None:
+    other = AnotherProcess(maps)
+    other.owner.close()
+    stream(runner)
+    assert state_of(maps)["state"] == header_of(maps).state == "ready"
+    ptr = runner.model[0].weight.data_ptr()
+    assert layout_of(maps)["tensors"]["0.weight"]["ptr"] == ptr
+    for name in files.DOCUMENTS:
+        path = maps / name.format(0)
+        assert not path.exists() or b"another" not in path.read_bytes()
+
+
+def test_a_header_that_another_put_in_place_of_ours_is_replaced(
+    runner: FakeRunner, maps: Path
+) -> None:
+    path = maps / files.HEADER.format(0)
+    with path.open("rb") as kept:  # as a reader that polls it
+        path.unlink()
+        path.write_bytes(b"\0" * 128)
+        update(runner)
+        assert header_of(maps).content_generation == 2
+        polled = header.unpack(kept.read())
+    assert polled is not None
+    assert polled.state == header.LEFT
+
+
+def test_a_slot_that_cannot_be_claimed_again_is_not_written(runner: FakeRunner, maps: Path) -> None:
+    other = AnotherProcess(maps)
+    before = other.files()
+    other.owner.close()
+    owner = maps / files.OWNER_LOCK.format(0)
+    owner.unlink()
+    owner.mkdir()  # as little to be opened as another user's file
+    update(runner)
+    assert other.files() == before
+    assert not (maps / files.EVENTS.format(0)).exists()
+    owner.rmdir()
+    update(runner)
+    assert state_of(maps)["state"] == header_of(maps).state == "ready"
