@@ -52,6 +52,10 @@ class Holds(enum.Enum):
 class Kinds(dict[type, Holds]):
     """What objects of each type hold, found out once a type."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._dull: set[type] = set()  # the types that hold nothing
+
     def __missing__(self, kind: type) -> Holds:
         import torch
 
@@ -66,11 +70,14 @@ class Kinds(dict[type, Holds]):
             holds = Holds.OBJECT
         else:
             holds = Holds.NOTHING
+            self._dull.add(kind)
         self[kind] = holds
         return holds
 
     def any_inside(self, values: Any) -> bool:
         """Whether any of ``values`` can be or hold a tensor."""
+        if self._dull.issuperset(map(type, values)):  # nearly always, and without a loop in Python
+            return False
         return any(self[kind] is not Holds.NOTHING for kind in set(map(type, values)))
 
 

@@ -68,6 +68,14 @@ def walk_model(
     return _Walker(pause, without).walk(model)
 
 
+class _PagedTypes(dict[type, bool]):
+    """Whether modules of a type page experts in from the host, found out once a type."""
+
+    def __missing__(self, kind: type) -> bool:
+        answer = self[kind] = kind.__module__.startswith(_PAGED_EXPERTS)
+        return answer
+
+
 class _Walker:
     def __init__(self, pause: Callable[[], None], without: Collection[str]) -> None:
         import torch
@@ -75,9 +83,11 @@ class _Walker:
         self._pause = pause
         self._without = without
         self._found: dict[str, list[tuple[str, Any]]] = {PARAMETER: [], BUFFER: [], ATTRIBUTE: []}
+        self._parameters, self._buffers = self._found[PARAMETER], self._found[BUFFER]
         self._paths: dict[int, list[Path]] = {}
         self._paged: set[str] = set()
         self._kinds = Kinds()
+        self._is_paged = _PagedTypes()
         # What modules hold that may hold tensors: name, attribute, it itself, the module's state.
         self._deeper: list[tuple[str, str, Any, dict[str, Any]]] = []
         # A module's __dict__ begins with torch's own bookkeeping, unless its class sets something
@@ -116,24 +126,15 @@ class _Walker:
         return Walk(self._found, paths, self._paged, left_out)
 
     def _module(self, prefix: str, module: Any) -> None:
-        if type(module).__module__.startswith(_PAGED_EXPERTS):
+        if self._is_paged[type(module)]:
             self._paged.update(_paged_names(prefix, module))
         state = module.__dict__
-        for kind, group in ((PARAMETER, "_parameters"), (BUFFER, "_buffers")):
-            held = state.get(group)
-            if held:
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        self._found[kind].append((prefix + name, tensor))
-                        extra = getattr(tensor, "__dict__", None)
-                        # What a wrapper wraps is its own: `plain_tensors`.
-                        if (
-                            extra
-                            and not is_wrapper(tensor)
-                            and (self._kinds.any_inside(extra.values()))
-                        ):
-                            # As if the module held it: group[name], then its attributes.
-                            self._deeper.append((prefix + name, group, tensor, state))
+        held = state.get("_parameters")
+        if held:
+            self._registered(prefix, self._parameters, "_parameters", held, state)
+        held = state.get("_buffers")
+        if held:
+            self._registered(prefix, self._buffers, "_buffers", held, state)
         for name, kind_ in self._holders(state):
             value = state[name]
             holds = self._kinds[kind_]
@@ -145,6 +146,24 @@ class _Walker:
                 inside = value.values() if isinstance(value, dict) else value
                 if holds is not Holds.CONTAINER or self._kinds.any_inside(inside):
                     self._deeper.append((prefix + name, name, value, state))
+
+    def _registered(
+        self,
+        prefix: str,
+        found: list[tuple[str, Any]],
+        group: str,
+        held: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        for name, tensor in held.items():
+            if tensor is None:
+                continue
+            found.append((prefix + name, tensor))
+            extra = tensor.__dict__
+            # What a wrapper wraps is its own: `plain_tensors`.
+            if extra and self._kinds.any_inside(extra.values()) and not is_wrapper(tensor):
+                # As if the module held it: group[name], then its attributes.
+                self._deeper.append((prefix + name, group, tensor, state))
 
     def _holders(self, state: dict[str, Any]) -> list[tuple[str, type]]:
         """Names and types of the attributes that are or may hold tensors."""
