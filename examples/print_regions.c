@@ -2,8 +2,12 @@
  *
  *     cc -std=c11 -Wall -Wextra -Werror -O2 -o print_regions print_regions.c
  *     ./print_regions weights_metadata 0
+ *     ./print_regions --header weights_metadata 0          # the header as it is
+ *     ./print_regions --header=10 weights_metadata 0       # and its next 9 changes
  *
  * Output: one line a region, "address size device allocation_address allocation_size", decimal.
+ * With --header: one line a reading of the slot's header, which is polled, "state layout_generation
+ * content_generation physical_epoch kv_physical_epoch pid updated_at checked_at instance".
  * Exit status: 0 done, 1 an error (one sentence on stderr), 2 wrong usage, 3 the map is not to
  * be used now (its owner has exited, or the weights are being changed or are released).
  *
@@ -17,18 +21,20 @@
  * program that wants more than a few fields is better off with a library (jansson, yyjson).
  */
 
-#define _DEFAULT_SOURCE /* flock, nanosleep */
+#define _DEFAULT_SOURCE /* flock, nanosleep, O_NOFOLLOW */
 
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -37,7 +43,9 @@ enum { DONE = 0, FAILED = 1, USAGE = 2, NOT_NOW = 3 };
 
 #define LOCK_PATIENCE_MS 10000
 #define READ_ATTEMPTS 200
+#define HEADER_ATTEMPTS 1100
 #define MAX_DEPTH 64
+#define POLL_MS 1
 
 static _Noreturn void quit(int status, const char *format, ...)
 {
@@ -185,7 +193,7 @@ static bool is(struct text text, const char *expected)
 /* --- the documents ------------------------------------------------------------------------ */
 
 struct state {
-    struct text schema, state;
+    struct text schema, state, instance;
     uint64_t schema_version, layout_generation, pid;
 };
 
@@ -205,6 +213,8 @@ static bool read_fields(const char *document, struct state *found, const char **
             fine = read_text(&json, &found->schema);
         else if (is(key, "state"))
             fine = read_text(&json, &found->state);
+        else if (is(key, "instance"))
+            fine = read_text(&json, &found->instance);
         else if (is(key, "schema_version"))
             fine = read_u64(&json, &found->schema_version);
         else if (is(key, "layout_generation"))
@@ -228,6 +238,14 @@ static bool read_fields(const char *document, struct state *found, const char **
             return false;
     }
     return ended;
+}
+
+/* Whether two documents are of one runner: a process may publish several in one slot, one after
+ * the other, and their generations begin anew.  Release 0.1 of the server does not tell. */
+static bool same_instance(struct text one, struct text other)
+{
+    return one.length == 0 || other.length == 0 ||
+           (one.length == other.length && memcmp(one.start, other.start, one.length) == 0);
 }
 
 static bool print_region(struct json *json)
@@ -358,13 +376,163 @@ static struct state parse(const char *path, const char *document, const char *sc
     return found;
 }
 
+/* --- the header ---------------------------------------------------------------------------- */
+
+enum { HEADER_SIZE = 128, SEQUENCE_AT = 8, CHECKSUM_AT = 124, STATES = 6 };
+
+/* A mapped header.  A load from a mapping behind the end of its file raises SIGBUS, and whoever may
+ * write the file can truncate it.  The server never does; where that is no comfort, pread(2) the
+ * 128 bytes instead: it costs a system call, some 0.5 us. */
+struct header {
+    const unsigned char *bytes;
+    dev_t device;
+    ino_t inode;
+};
+
+static uint64_t little_endian(const unsigned char *bytes, int length)
+{
+    uint64_t value = 0;
+    while (length-- > 0)
+        value = value << 8 | bytes[length];
+    return value;
+}
+
+/* CRC-32 as in zlib and IEEE 802.3. */
+static uint32_t crc32(const unsigned char *bytes, size_t length)
+{
+    uint32_t crc = 0xffffffff;
+    while (length-- > 0) {
+        crc ^= *bytes++;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0);
+    }
+    return ~crc;
+}
+
+static struct header map_header(const char *path)
+{
+    struct header header;
+    struct stat status;
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+    if (file < 0 || fstat(file, &status) != 0)
+        quit(FAILED, "%s: %s", path, strerror(errno));
+    if (!S_ISREG(status.st_mode) || status.st_size != HEADER_SIZE)
+        quit(FAILED, "%s is not a file of %d bytes", path, HEADER_SIZE);
+    header.bytes = mmap(NULL, HEADER_SIZE, PROT_READ, MAP_SHARED, file, 0);
+    if (header.bytes == MAP_FAILED)
+        quit(FAILED, "%s: %s", path, strerror(errno));
+    header.device = status.st_dev;
+    header.inode = status.st_ino;
+    close(file);
+    return header;
+}
+
+/* Whether the path still leads to what is mapped: another owner puts a new file in its place. */
+static bool is_current(struct header header, const char *path)
+{
+    struct stat status;
+    return lstat(path, &status) == 0 && status.st_dev == header.device &&
+           status.st_ino == header.inode;
+}
+
+/* All that polling takes: the number is another one as soon as the header has changed. */
+static uint64_t sequence_of(struct header header)
+{
+    const void *at = header.bytes + SEQUENCE_AT; /* 8-byte aligned */
+    return atomic_load_explicit((const _Atomic uint64_t *)at, memory_order_acquire);
+}
+
+/* One consistent copy; false when there is none after many tries, for an owner that was stopped or
+ * killed while it wrote.  The sequence is odd while the owner writes, and another one afterwards;
+ * the checksum holds without any promise about the order of memory accesses, so that it also
+ * judges a copy that came by RDMA, for which there is no "before and after". */
+static bool read_header(struct header header, unsigned char copy[HEADER_SIZE])
+{
+    for (int attempt = 0; attempt < HEADER_ATTEMPTS; attempt++) {
+        uint64_t before = sequence_of(header);
+        memcpy(copy, header.bytes, HEADER_SIZE);
+        atomic_thread_fence(memory_order_acquire);
+        bool still = before == sequence_of(header);
+        if (still && copy[SEQUENCE_AT] % 2 == 0 &&
+            little_endian(copy + CHECKSUM_AT, 4) == crc32(copy, CHECKSUM_AT))
+            return true;
+        if (attempt >= 100) /* the owner lost the processor while it wrote */
+            pause_ms(1);
+    }
+    return false;
+}
+
+/* The offsets are those of the table in docs/format.md. */
+static void print_header(const char *path, const unsigned char *copy)
+{
+    static const char *const states[STATES] = {"left",     "loading", "ready",
+                                               "updating", "failed",  "released"};
+    uint64_t state = little_endian(copy + 20, 4);
+    if (memcmp(copy, "SGLWHDR1", 8) != 0 || state >= STATES)
+        quit(FAILED, "%s is no header that this program knows", path);
+    printf("%s", states[state]);
+    for (int at = 48; at < 80; at += 8) /* the two generations, the two physical epochs */
+        printf(" %" PRIu64, little_endian(copy + at, 8));
+    printf(" %" PRIu64, little_endian(copy + 16, 4)); /* pid */
+    for (int at = 80; at < 96; at += 8) {             /* updated_at, checked_at (0: never) */
+        uint64_t nanoseconds = little_endian(copy + at, 8);
+        printf(" %" PRIu64 ".%09" PRIu64, nanoseconds / 1000000000, nanoseconds % 1000000000);
+    }
+    putchar(' ');
+    for (int at = 112; at < 120; at++) /* instance */
+        printf("%02x", copy[at]);
+    putchar('\n');
+    if (fflush(stdout) != 0)
+        quit(FAILED, "stdout: %s", strerror(errno));
+}
+
+/* Print the header now, and then each time that it has changed, until there are `wanted` lines. */
+static void follow_header(const char *path, unsigned long wanted)
+{
+    unsigned char copy[HEADER_SIZE];
+    struct header header = map_header(path);
+    uint64_t known = 0;
+    for (unsigned long printed = 0; printed < wanted;) {
+        if (sequence_of(header) != known) { /* never 0 in a whole header */
+            if (!read_header(header, copy))
+                quit(NOT_NOW, "%s is not consistent: its owner was stopped or killed", path);
+            memcpy(&known, copy + SEQUENCE_AT, sizeof known);
+            print_header(path, copy);
+            printed++;
+        } else {
+            pause_ms(POLL_MS);
+            if (!is_current(header, path)) {
+                munmap((void *)header.bytes, HEADER_SIZE);
+                header = map_header(path);
+                known = 0;
+            }
+        }
+    }
+    munmap((void *)header.bytes, HEADER_SIZE);
+}
+
 int main(int count, char **arguments)
 {
+    unsigned long headers = 0;
+    if (count > 1 && strncmp(arguments[1], "--header", 8) == 0) {
+        const char *number = arguments[1] + 8;
+        char *end = NULL;
+        headers = *number == '=' ? strtoul(number + 1, &end, 10) : 1;
+        if (headers == 0 || *(end != NULL ? end : number) != '\0')
+            count = 0;
+        arguments++, count--;
+    }
     if (count != 3) {
-        fprintf(stderr, "usage: print_regions DIRECTORY SLOT\n");
+        fprintf(stderr, "usage: print_regions [--header[=COUNT]] DIRECTORY SLOT\n");
         return USAGE;
     }
     const char *directory = arguments[1], *slot = arguments[2];
+    if (headers > 0) {
+        char *path = path_of(directory, "weight_header_", slot, ".bin");
+        follow_header(path, headers);
+        free(path);
+        return DONE;
+    }
     char *state_path = path_of(directory, "weight_state_", slot, ".json");
     char *layout_path = path_of(directory, "weight_layout_", slot, ".json");
     char *saving_path = path_of(directory, "weight_saving_", slot, ".lock");
@@ -392,7 +560,8 @@ int main(int count, char **arguments)
                      three.state.start);
             if (one.layout_generation == two.layout_generation &&
                 two.layout_generation == three.layout_generation && one.pid == two.pid &&
-                two.pid == three.pid) {
+                two.pid == three.pid && same_instance(one.instance, two.instance) &&
+                same_instance(two.instance, three.instance)) {
                 if (regions == NULL || !print_regions(regions)) {
                     fprintf(stderr, "print_regions: %s has no valid regions\n", layout_path);
                     status = FAILED;

@@ -13,7 +13,8 @@ registers the same offsets in its own mapping.
 
 What the state file asks for, see docs/format.md:
 
-* another process, or the owner has exited: every registration is stale;
+* another process, another ``instance`` (a runner made again), or the owner has exited: every
+  registration is stale;
 * ``layout_generation`` rose: register new regions, deregister removed ones, keep all others;
 * ``physical_epoch`` rose: the pages behind the addresses are others, register everything again;
 * ``released``: there are no pages; deregister, and wait for the resume;
@@ -107,7 +108,7 @@ class Registrar:
         if state["state"] in ("released", "updating"):
             return None  # it has just begun; the next look sees it
         if self.process != _process(state):
-            why, stale = "first look" if self.process is None else "another process", True
+            why, stale = self.why_another(_process(state)), True
         elif self.physical_epoch != state.get("physical_epoch", 0):
             why, stale = "other pages", True
         else:
@@ -125,6 +126,11 @@ class Registrar:
         self.physical_epoch = state.get("physical_epoch", 0)
         self.content_generation = state["content_generation"]
         return self.report(why, registered=len(new), deregistered=len(removed), kept=kept)
+
+    def why_another(self, process: tuple[Any, ...]) -> str:
+        if self.process is None:
+            return "first look"
+        return "another runner" if self.process[:3] == process[:3] else "another process"
 
     def drop(self, why: str) -> dict[str, Any] | None:
         if not self.handles:
@@ -150,7 +156,9 @@ class Registrar:
 
 
 def _process(state: dict[str, Any]) -> tuple[Any, ...]:
-    return state["pid"], state["process_start_ticks"], state["boot_id"]
+    """Whose addresses they are; release 0.1 of the server has no ``instance``."""
+    owner = (state["pid"], state["process_start_ticks"], state["boot_id"])
+    return (*owner, state.get("instance"))
 
 
 def main() -> int:

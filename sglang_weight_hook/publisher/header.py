@@ -56,11 +56,11 @@ class HeaderFile:
         sequence = self.last.sequence + 2
         self.last = header._replace(sequence=sequence)
         data = pack(self.last)
-        # The even number last: one write of everything copies it before most of the rest.
+        # Everything with the odd number, then the even one.  In no more calls than that: after
+        # each this thread may wait for the interpreter, and readers meanwhile for the number.
         # The magic each time: somebody may have truncated the file.
-        begun = (sequence - 1).to_bytes(8, "little")
-        os.pwrite(self._descriptor, data[:_SEQUENCE_OFFSET] + begun, 0)
-        os.pwrite(self._descriptor, data[_BODY_OFFSET:], _BODY_OFFSET)
+        odd = (sequence - 1).to_bytes(8, "little")
+        os.pwrite(self._descriptor, data[:_SEQUENCE_OFFSET] + odd + data[_BODY_OFFSET:], 0)
         os.pwrite(self._descriptor, data[_SEQUENCE_OFFSET:_BODY_OFFSET], _SEQUENCE_OFFSET)
 
     def leave(self) -> None:

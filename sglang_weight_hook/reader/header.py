@@ -18,10 +18,11 @@ from ..layout.header import SEQUENCE, SIZE, Header, unpack
 from .errors import FOREIGN, HookError
 
 _SEQUENCE_OFFSET = 8 * SEQUENCE
-# The owner takes some microseconds to rewrite the header, so that most readings succeed at once.
-# What is still not whole after so many tries, with pauses after the first half, never will be.
-_TRIES = 200
-_PAUSE = 0.001  # seconds
+# The owner takes some microseconds to rewrite the header, so that most readings succeed at once;
+# one that loses the processor, or Python's interpreter lock, in between takes milliseconds.
+_TRIES = 100
+_PATIENT_TRIES = 1000
+_PAUSE = 0.001  # seconds, after each of the patient ones
 
 # Through no link, and a pipe in its place is not waited for.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
@@ -78,7 +79,7 @@ class HeaderReader:
 
     def read(self) -> Header:
         """One consistent reading, tried again while the owner writes.  Raises HookError."""
-        for attempt in range(_TRIES):
+        for attempt in range(_TRIES + _PATIENT_TRIES):
             try:
                 data = os.pread(self._descriptor, SIZE, 0)
             except OSError as error:
@@ -89,7 +90,7 @@ class HeaderReader:
                 raise HookError(f"{self.path}: {error}; {FOREIGN}") from error
             if header is not None:
                 return header
-            if attempt >= _TRIES // 2:
+            if attempt >= _TRIES:
                 time.sleep(_PAUSE)
         raise HookError(
             f"{self.path} is not consistent: its owner was stopped or killed while it wrote it, or "

@@ -20,7 +20,10 @@ from typing import Any
 import pytest
 
 from sglang_weight_hook.layout import files
-from sglang_weight_hook.reader import open_slot
+from sglang_weight_hook.layout.header import Header, pack
+from sglang_weight_hook.layout.states import STATES
+from sglang_weight_hook.publisher.header import HeaderFile
+from sglang_weight_hook.reader import Slot, open_slot
 
 pytest.importorskip("torch")
 
@@ -195,6 +198,144 @@ def test_c_refuses_a_wrong_directory_and_wrong_usage(print_regions: Path, tmp_pa
     assert subprocess.run([str(print_regions)], capture_output=True, check=False).returncode == 2
 
 
+def run_header(program: Path, directory: Path, count: int = 1) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(program), f"--header={count}", str(directory), "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def expected_header(slot: Slot) -> list[str]:
+    header = slot.header()
+    numbers = (
+        *(header.layout_generation, header.content_generation),
+        *(header.physical_epoch, header.kv_physical_epoch, header.pid),
+    )
+    return [header.state, *map(str, numbers)]
+
+
+def test_c_prints_the_header_and_its_changes(publisher: Publisher, print_regions: Path) -> None:
+    reader = run_header(print_regions, publisher.maps, 3)
+    assert reader.stdout is not None
+    first = reader.stdout.readline().split()
+    assert first[:6] == expected_header(publisher.slot)
+    found = publisher.slot.header()
+    assert first[8] == found.instance
+    for told, wanted in zip(first[6:8], (found.updated_at, found.checked_at)):
+        assert wanted is not None
+        assert float(told) == pytest.approx(wanted, abs=1e-5)
+    assert publisher.tell("pause") == "updating"
+    assert reader.stdout.readline().split()[:6] == expected_header(publisher.slot)
+    publisher.tell("go on")
+    assert reader.stdout.readline().split()[:6] == expected_header(publisher.slot)
+    _, said = reader.communicate(timeout=30)
+    assert (reader.returncode, said) == (0, "")
+
+
+def test_c_notices_that_the_header_was_replaced(
+    print_regions: Path, maps: Path, tmp_path: Path
+) -> None:
+    maps.mkdir()
+    path = str(maps / files.HEADER.format("0"))
+    first = HeaderFile(path, A_HEADER)
+    reader = run_header(print_regions, maps, 3)
+    assert reader.stdout is not None
+    assert reader.stdout.readline().startswith("ready 3 4 5 6 7 1.250000000 0.000000000 abab")
+    second = HeaderFile(path, A_HEADER._replace(pid=8))
+    assert reader.stdout.readline().split()[5] == "8"
+    first.abandon()
+    second.leave()
+    assert reader.stdout.readline().split()[:2] == ["left", "3"]
+    assert reader.wait(30) == 0
+    reader.communicate()
+
+
+A_HEADER = Header(2, 7, "ready", 11, "12" * 16, 3, 4, 5, 6, 1.25, None, "cd" * 16, "ab" * 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "says"),
+    [
+        (pack(A_HEADER)[:-1], 1, "not a file of 128 bytes"),
+        (pack(A_HEADER) + b"x", 1, "not a file of 128 bytes"),
+        (pack(A_HEADER._replace(sequence=3)), 3, "not consistent"),
+        (pack(A_HEADER)[:-1] + b"?", 3, "not consistent"),
+        (pack(A_HEADER)[:64] + pack(A_HEADER._replace(physical_epoch=9))[64:], 0, ""),
+        (pack(A_HEADER)[:72] + pack(A_HEADER._replace(physical_epoch=9))[72:], 3, "consistent"),
+        (b"?" * 128, 3, "not consistent"),
+    ],
+)
+def test_c_refuses_what_is_no_whole_header(
+    data: bytes, status: int, says: str, print_regions: Path, maps: Path
+) -> None:
+    maps.mkdir()
+    (maps / files.HEADER.format("0")).write_bytes(data)
+    reader = run_header(print_regions, maps)
+    said, complained = reader.communicate(timeout=60)
+    assert reader.returncode == status
+    assert says in complained
+    assert (said == "") == (status != 0)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "fifo", "link"])
+def test_c_refuses_what_is_no_header_file(kind: str, print_regions: Path, maps: Path) -> None:
+    maps.mkdir()
+    path = maps / files.HEADER.format("0")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        (maps / "other").write_bytes(pack(A_HEADER))
+        path.symlink_to(maps / "other")
+    reader = run_header(print_regions, maps)
+    assert reader.communicate(timeout=60)[0] == ""
+    assert reader.returncode == 1
+
+
+def test_c_never_prints_a_header_mixed_of_two(
+    print_regions: Path, maps: Path, start_python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Beside a process that rewrites it as fast as it can; all fields follow from the first."""
+    maps.mkdir()
+    writer = start_python(HEADER_WRITER, str(maps / files.HEADER.format("0")))
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "ready\n"
+    reader = run_header(print_regions, maps, 20_000)
+    said, complained = reader.communicate(timeout=120)
+    assert (reader.returncode, complained) == (0, "")
+    lines = [line.split() for line in said.splitlines()]
+    assert len(lines) == 20_000
+    for state, layout, content, epoch, kv_epoch, pid, updated, checked, instance in lines:
+        n = int(layout)
+        assert state == STATES[n % len(STATES)]
+        assert (int(content), int(epoch), int(kv_epoch)) == (n * 7, n * 11, n * 13)
+        assert (int(pid), int(instance, 16)) == (n % 1000 + 1, n * 19)
+        assert (float(updated), float(checked)) == (n, 2 * n)
+    assert len({line[1] for line in lines}) > 1000
+
+
+HEADER_WRITER = """
+import sys
+from sglang_weight_hook.layout.header import Header
+from sglang_weight_hook.layout.states import STATES
+from sglang_weight_hook.publisher.header import HeaderFile
+
+def at(n):
+    return Header(
+        2, n % 1000 + 1, STATES[n % len(STATES)], n, f"{n:032x}", n, n * 7, n * 11, n * 13,
+        float(n), 2.0 * n, f"{n:032x}", f"{n * 19:016x}",
+    )
+
+header = HeaderFile(sys.argv[1], at(1))
+print("ready", flush=True)
+n = 1
+while True:
+    n += 1
+    header.write(at(n))
+"""
+
+
 LAYOUT = (
     '{"schema": "sglang-weight-layout", "schema_version": 1, "layout_generation": 1, '
     '"identity": {"pid": 7, "x": {"pid": 8}}, "tensors": {"regions": [1], "\\"": "}"}, '
@@ -230,6 +371,20 @@ def test_c_reads_json_by_its_grammar_and_64_bits(
     done = run_c(print_regions, by_hand(LAYOUT, STATE))
     assert done.stdout == "18446744073709551000 16 cuda:0 4096 8192\n"
     assert done.returncode == 0, done.stderr
+
+
+def test_c_takes_no_layout_of_another_instance(
+    by_hand: Callable[[str, str], Path], print_regions: Path
+) -> None:
+    state = STATE.replace('"pid": 7', '"pid": 7, "instance": "aa"')
+    layout = LAYOUT.replace('{"pid": 7, "x": {"pid": 8}}', '{"pid": 7}, "instance": "%s"')
+    same = run_c(print_regions, by_hand(layout % "aa", state))
+    assert (same.returncode, same.stderr) == (0, "")
+    done = run_c(print_regions, by_hand(layout % "bb", state))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "no settled map" in done.stderr
+    older = run_c(print_regions, by_hand(LAYOUT, state))  # release 0.1
+    assert older.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -397,6 +552,26 @@ def test_other_pages_behind_the_same_addresses_are_registered_again(
     assert (done["why"], done["kept"]) == ("other pages", 0)
     assert sorted(library.regions.values()) == sorted(before.values())
     assert not set(library.regions) & set(before)
+
+
+def test_everything_is_forgotten_for_another_runner_of_the_same_process(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import register_regions  # type: ignore[import-not-found, unused-ignore]
+
+    library = register_regions.StandInLibrary()
+    registrar = register_regions.Registrar(publisher.slot, library)
+    assert registrar.look()["why"] == "first look"
+    before = dict(library.regions)
+    for name in (files.STATE, files.LAYOUT):
+        path = Path(publisher.slot.path(name))
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "instance": "0" * 16}))
+    done = registrar.look()
+    assert (done["why"], done["kept"]) == ("another runner", 0)
+    assert done["registered"] == done["deregistered"] == len(before)
+    assert not set(library.regions) & set(before)
+    assert registrar.look() is None
 
 
 def test_the_python_example_says_what_is_wrong(publisher: Publisher) -> None:

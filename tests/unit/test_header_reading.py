@@ -201,9 +201,9 @@ def _wrong_checksum(path: Path) -> None:
     ("make", "says"),
     [
         (_absent, "does not exist"),
-        (_fifo, "is not a file of 128 bytes"),
+        (_fifo, "is not a file"),
         (_link, "cannot be read"),
-        (_folder, "is not a file of 128 bytes"),
+        (_folder, "is not a file"),
         (_long, "is not a file of 128 bytes"),
         (_short, "is not a file of 128 bytes"),
         (_huge, "is not a file of 128 bytes"),
