@@ -19,6 +19,7 @@ MODULES = (
     "streaming",
     "checking",
     "reading",
+    "header",
     "residence",
     "fleet",
     "serving",
