@@ -78,4 +78,4 @@ in it the call of a function that does nothing else."""
 LIMITS = """\
 A poll is one system call. A load from a mapping would take a tenth of the time, and end the reader
 with SIGBUS when somebody truncates the file; from C, where that matters less than the microsecond,
-`examples/print_regions.c` maps it. Reading it whole adds the CRC-32 and the object that it makes."""
+`examples/print_regions.c` maps it. Reading it whole adds the CRC-32 and the making of an object."""

@@ -31,8 +31,9 @@ ERRORS, MORE = "Errors", "More"
 CHAPTERS: Mapping[str, tuple[str, ...]] = {
     "Opening": ("open_directory", "open_slot", "open_file"),
     "A directory and its slots": ("Directory", "Change", "Slot"),
+    "Whether it is still true": ("Check", "HeaderReader", "Header"),
     "One publication": ("Document", "Tensor", "Region", "CacheBuffer", "Hit"),
-    "What changed": ("compare", "Diff"),
+    "What changed": ("compare", "Diff", "History", "PastEvent"),
     ERRORS: ("HookError",),
     MORE: (),
 }
@@ -96,8 +97,9 @@ def find(root: Path, path: Path, name: str) -> tuple[Definition, Mapping[int, st
         if isinstance(node, ast.ImportFrom):
             # Also where only a type checker imports it: the package itself does so on demand.
             aliases = [alias.asname or alias.name for alias in node.names]
-            if node.level == 1 and node.module and name in aliases:
-                passed_on = path.parent / node.module.replace(".", "/")
+            if node.level and node.module and name in aliases:
+                base = path.parents[node.level - 1]
+                passed_on = base / node.module.replace(".", "/")
         elif _defines(node, name):
             return node, comments_in(text)
     if passed_on is None:

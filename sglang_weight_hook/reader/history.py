@@ -42,7 +42,7 @@ class History:
         self, directory: str, slot: str, since: Optional[float], kind: Optional[str]
     ) -> None:
         self.slot = slot
-        self.skipped = 0  # lines that are no events, of the iteration begun last
+        self.skipped: int = 0  # lines that are no events, of the iteration begun last
         self._paths = [
             os.path.join(directory, name.format(slot))
             for name in (files.EVENTS, files.EVENTS_BEFORE)
