@@ -34,7 +34,7 @@ def touched_bytes(shape: Sequence[int], stride: Sequence[int], itemsize: int) ->
 
 
 class Region(NamedTuple):
-    """A maximal run of weight bytes without a hole, inside one allocation."""
+    """A maximal gap-free run of weight bytes inside one allocation."""
 
     start: int
     end: int

@@ -1,6 +1,6 @@
 """The header file: a slot's state in 128 bytes at fixed offsets, mapped by its owner.
 
-Little-endian.  Whoever polls it compares `SEQUENCE`, one aligned load; whoever wants all of it
+Little-endian.  A poll compares `SEQUENCE`, one aligned load; a full reading
 copies the 128 bytes and calls `unpack`.  An odd sequence means that the owner is writing.  The
 checksum over the bytes before it tells a torn copy from a whole one without any promise about
 the order of memory accesses, so a remote reader (RDMA) can rely on it too.

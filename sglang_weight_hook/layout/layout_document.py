@@ -156,7 +156,7 @@ class Memory(TypedDict, total=False):
         Field("Addresses that the allocator holds while their physical pages are released."),
     ]
     device_free_bytes: Annotated[
-        Optional[Count], Field("Free on the device, for everybody (cudaMemGetInfo).")
+        Optional[Count], Field("Free on the device, shared by all its processes (cudaMemGetInfo).")
     ]
     device_total_bytes: Annotated[Optional[Count], Field("The device's memory (cudaMemGetInfo).")]
     shared_with: Annotated[
@@ -228,7 +228,7 @@ class Checksums(TypedDict, total=False):
 
 
 class Region(TypedDict, total=False):
-    """A maximal run of weight bytes without a hole, inside one allocation: what one registration
+    """A maximal gap-free run of weight bytes inside one allocation: what one registration
     covers."""
 
     ptr: Annotated[Address, Field("First address.", required=True)]
@@ -318,7 +318,7 @@ class Tensor(TypedDict, total=False):
         bool,
         Field(
             "true: SGLang rewrites or swaps its bytes in a forward (LoRA pool, offloaded weights, "
-            "caches of paged experts). The address is as true as any; the contents are outside "
+            "caches of paged experts). The address is current; the contents are outside "
             "content_generation and are not checksummed. Absent: false."
         ),
     ]

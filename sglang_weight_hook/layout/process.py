@@ -56,7 +56,7 @@ def is_running(pid: int, ticks: Optional[int]) -> Optional[bool]:
 
 
 def pid_namespace() -> Optional[str]:
-    """This process's pid namespace (``readlink /proc/self/ns/pid``); None where it can't be told."""
+    """This process's pid namespace (``readlink /proc/self/ns/pid``), where it can be told."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -132,7 +132,7 @@ class Event(TypedDict, total=False):
         Field(
             "What SGLang was asked to do, for example load_model, scheduler_ready, "
             "update_weights_from_disk, weight_update_session, release_memory_occupation, "
-            "resume_memory_occupation. unannounced_change: a weight was found elsewhere though no "
+            "resume_memory_occupation. unannounced_change: a weight's address changed though no "
             "call that is known to move weights was made.",
             required=True,
         ),
@@ -145,8 +145,8 @@ class Event(TypedDict, total=False):
         Optional[bool],
         Field(
             "Whether SGLang answered the request with success. It answers false, for example, "
-            "where the weights were written and its cache was not flushed. null: nobody asked "
-            "SGLang."
+            "where the weights were written and its cache was not flushed. null: no request to "
+            "SGLang was made."
         ),
     ]
     message: Annotated[

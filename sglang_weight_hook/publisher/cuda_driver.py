@@ -55,7 +55,7 @@ def allocations_under(address: int, size: int) -> list[tuple[int, int]]:
     """The driver allocations that ``size`` bytes at ``address`` lie in, ascending.
 
     Memory from cudaMalloc gives one.  With ``expandable_segments:True`` torch maps physical
-    pieces side by side (cuMemMap), each of which is an allocation of its own to whoever wants
+    pieces side by side (cuMemMap), each of which is a separate allocation to code that wants
     to register or export it.  Empty when the driver knows none, or not all of them.
     """
     found: list[tuple[int, int]] = []

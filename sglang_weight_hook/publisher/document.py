@@ -101,7 +101,7 @@ def layout(
     """``weight_layout_{slot}.json``.
 
     ``checksums``: ``algorithm``, ``content_generation``, ``seconds`` and ``by_name``, or None
-    where nobody asked.
+    where they were not asked for.
     """
     by_name = checksums["by_name"] if checksums else {}
     return {

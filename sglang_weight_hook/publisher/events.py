@@ -93,7 +93,7 @@ class Event:
         # that no other follows.
         self.last_return = 0.0
         self.is_last = False
-        self.names: tuple[str, ...] = ()  # tensors found elsewhere, of an unannounced change
+        self.names: tuple[str, ...] = ()  # tensors of an unannounced change
 
     @property
     def is_stream(self) -> bool:
@@ -129,7 +129,7 @@ class Event:
             self.wrote_whole = True
 
     def answer(self, success: Optional[bool], message: Optional[str]) -> None:
-        """What SGLang answered whoever asked for the call."""
+        """What SGLang answered to the request that made the call."""
         if success is None:
             return
         self.answered = success if self.answered is None else self.answered and success

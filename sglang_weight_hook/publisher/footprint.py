@@ -133,7 +133,7 @@ def _tensors_of(footprint: Footprint, model: Any) -> Optional[tuple[list[str], l
         parameters = list(map(_parameters_of, states))
         buffers = list(map(_buffers_of, states))
         owners, buffered = footprint.owners, footprint.buffered
-        # Whoever had none has none now.
+        # A module that had none must have none now.
         if sum(map(bool, parameters)) != len(owners) or sum(map(bool, buffers)) != len(buffered):
             return None
         groups = [*map(parameters.__getitem__, owners), *map(buffers.__getitem__, buffered)]

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Optional
 
+from ..layout import accounting
 from . import cuda_driver
 
 
@@ -33,7 +34,7 @@ class Device(NamedTuple):
     """One device as this process sees it."""
 
     total: int  # bytes
-    free: int  # bytes; for everybody
+    free: int  # bytes; shared by all processes on the device
     allocator: Allocator
 
 
@@ -76,12 +77,12 @@ def account(
     weights: Mapping[int, int],
     lora: Mapping[int, int],
     kv_cache: Mapping[int, int],
-    siblings: Mapping[int, int],
+    others: Mapping[int, int],
     released: int = 0,
 ) -> dict[str, Any]:
     """The figures of the layout's ``memory``; each mapping is from a storage to its bytes.
 
-    ``siblings``: storages of this process's other slots that this one does not share.  On a
+    ``others``: storages of this process's other slots that this one does not share.  On a
     GPU: weights + lora + kv_cache + siblings + other_live + reserved_free + other + free
     - unbacked == total.  ``unbacked`` is what the allocator holds in addresses while the
     memory saver has taken the pages away: ``released``, the bytes of the storages known to be
@@ -91,9 +92,9 @@ def account(
         "weights_bytes": sum(weights.values()),
         "lora_bytes": sum(lora.values()),
         "kv_cache_bytes": sum(kv_cache.values()),
-        "siblings_bytes": sum(siblings.values()),
+        "siblings_bytes": sum(others.values()),
     }
-    named = {**siblings, **kv_cache, **lora, **weights}
+    named = {**others, **kv_cache, **lora, **weights}
     if found is None:
         return {
             **figures,
@@ -110,13 +111,14 @@ def account(
         }
     inside = sum(size for start, size in named.items() if found.allocator.holds(start))
     outside = sum(figures.values()) - inside
-    rest = found.total - found.free - found.allocator.reserved - outside + released
+    counted = found.allocator.reserved + outside
+    rest = accounting.remainder(found.total, found.free, counted, released)
     return {
         **figures,
         "other_live_bytes": found.allocator.live - inside,
         "reserved_free_bytes": found.allocator.reserved - found.allocator.live,
-        "other_bytes": max(rest, 0),
-        "unbacked_bytes": released + max(-rest, 0),
+        "other_bytes": rest.other,
+        "unbacked_bytes": rest.unbacked,
         "device_free_bytes": found.free,
         "device_total_bytes": found.total,
     }
@@ -126,7 +128,7 @@ def reconcile(found: Optional[Device], named: Mapping[int, int]) -> Optional[dic
     """What the allocator has live against what the documents of this process explain.
 
     ``unexplained_bytes`` includes the allocator's rounding (512 bytes a block) and the
-    activations and workspaces that are nobody's weights.
+    activations and workspaces that belong to no weight.
     """
     if found is None:
         return None

@@ -206,30 +206,30 @@ def _memory(tracked: Tracked, captured: Capture) -> tuple[dict[str, Any], Option
     """The ``memory`` figures, and the allocator's part of ``validation``."""
     found = _or_else(None, memory.device, captured.device_type, captured.device_index)
     mine = tracked.storages.all()
-    siblings = tracked.siblings(tracked)
+    others = tracked.others(tracked)
     theirs = {
         start: size
-        for sibling in siblings
-        for start, size in sibling.storages.all().items()
+        for other in others
+        for start, size in other.storages.all().items()
         if start not in mine
     }
     figures = memory.account(found, *tracked.storages, theirs, tracked.released_bytes())
-    figures.update(_shared(tracked, siblings))
+    figures.update(_shared(tracked, others))
     figures["off_device_bytes"] = sum(captured.off_device.values())
     return figures, memory.reconcile(found, {**theirs, **mine})
 
 
-def _shared(tracked: Tracked, siblings: list[Tracked]) -> dict[str, Any]:
+def _shared(tracked: Tracked, others: list[Tracked]) -> dict[str, Any]:
     """What slots of this process have in common, so that a sum counts it once.
 
     ``shared_bytes`` and ``shared_kv_cache_bytes``: of this slot's, those that a slot loaded
     earlier has too.
     """
-    earlier = [one for one in siblings if one.load_order < tracked.load_order]
+    earlier = [one for one in others if one.load_order < tracked.load_order]
     weights = {**tracked.storages.lora, **tracked.storages.weights}
     known = {start for one in earlier for start in one.storages.all()}
     return {
-        "shared_with": [one.slot.name for one in siblings if tracked.shares_storage_with(one)],
+        "shared_with": [one.slot.name for one in others if tracked.shares_storage_with(one)],
         "shared_bytes": sum(size for start, size in weights.items() if start in known),
         "shared_kv_cache_bytes": sum(
             size for start, size in tracked.storages.kv_cache.items() if start in known

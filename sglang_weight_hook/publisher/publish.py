@@ -8,7 +8,7 @@ it, neither ever deleted (deleting a lock file that somebody holds lets a second
 ``weight_owner_{slot}.lock``
     held exclusively for the life of the process that publishes the slot.  The kernel lets go
     of it when the process dies, however it dies, so a reader that can lock it knows that the
-    slot's addresses are nobody's any more.
+    slot's addresses are stale.
 
 Both are ``flock`` locks (flock(2)): advisory, per open file, usable from C, Python and shell.
 """
@@ -39,7 +39,7 @@ _OWNER_PATIENCE = 0.25  # seconds
 
 
 def encode(document: Any, indent: bool = True) -> bytes:
-    """JSON in UTF-8, indented as in the prototype; by orjson where SGLang brought it."""
+    """JSON in UTF-8, indented as in the legacy format; by orjson where SGLang brought it."""
     try:
         import orjson
 
@@ -94,7 +94,7 @@ def open_lock_file(path: str) -> int:
 
 
 def try_lock(descriptor: int, timeout: float) -> bool:
-    """Take an exclusive flock, waiting ``timeout`` seconds at most for whoever holds it."""
+    """Take an exclusive flock, waiting ``timeout`` seconds at most for its holder."""
     deadline = time.monotonic() + timeout
     pause = 0.0005
     while True:

@@ -208,7 +208,6 @@ def _conclude(done: list[Tracked]) -> None:
 def _publish(done: list[Tracked], holds: Optional[dict[Tracked, Optional[bool]]] = None) -> None:
     """All are looked at before any is published: each document speaks of the others, too."""
     for tracked in done:
-        tracked.slot.keep()
         if tracked.event is not None:
             tracked.broken = tracked.event.leaves_broken(tracked.broken)
         _guarded(tracked.look, (holds or {}).get(tracked))
@@ -362,14 +361,14 @@ def _find_or_track(runner: Any) -> Optional[Tracked]:
 def _track(runner: Any) -> Tracked:
     configured = settings.load()
     slot = publish.Slot(configured.directory, slot_name(runner), configured.lock_timeout)
-    tracked = Tracked(runner, slot, next(_load_order), _siblings)
+    tracked = Tracked(runner, slot, next(_load_order), _others)
     _tracked[id(runner)] = tracked
     weakref.finalize(runner, _forget, id(runner), tracked).atexit = False
     background.ensure(_RECORDER)
     return tracked
 
 
-def _siblings(tracked: Tracked) -> list[Tracked]:
+def _others(tracked: Tracked) -> list[Tracked]:
     return [other for other in _tracked.values() if other is not tracked]
 
 

@@ -51,7 +51,7 @@ def row_of(kind: str, tensor: Any, device_type: str) -> Row:
     return Row._make(
         (
             kind,
-            # The address of an offloaded weight is one of the host's, and nobody must take it
+            # The address of an offloaded weight is one of the host's, and must not be taken
             # for one of the device's.
             tensor.data_ptr() if resident else 0,
             size,

@@ -44,19 +44,19 @@ RESTLESS = 5
 
 
 class Tracked:
-    """See the module.  ``siblings`` gives the process's other runners."""
+    """See the module.  ``others`` gives the process's other runners."""
 
     def __init__(
         self,
         runner: Any,
         slot: publish.Slot,
         load_order: int,
-        siblings: Callable[[Tracked], list[Tracked]],
+        others: Callable[[Tracked], list[Tracked]],
     ) -> None:
         self.runner = weakref.ref(runner)
         self.slot = slot
         self.load_order = load_order
-        self.siblings = siblings
+        self.others = others
         self.gpu_id = identity.gpu_id(runner)
         self.role = "draft" if identity.is_draft(runner) else "target"
         self.process = process.identity()
@@ -119,7 +119,7 @@ class Tracked:
             self.stream_open = False
             return False
         self.inside.add(call)
-        # Whoever never told the end of the last event may have written before.
+        # A call whose end was never reported may have written before.
         lost = event is not None
         self.unseen = self.unseen or lost
         self.updated = self.updated or (lost and self.settled)
@@ -183,6 +183,7 @@ class Tracked:
         runner = self.runner()
         if runner is None or self.event is None:
             return
+        self.slot.keep()
         started = time.perf_counter()
         self.cuda_context = cuda_driver.current_context() or self.cuda_context
         try:

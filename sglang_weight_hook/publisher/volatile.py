@@ -1,6 +1,6 @@
 """Tensors whose bytes SGLang rewrites or swaps in a forward, without a call that is wrapped.
 
-Their addresses are as true as any; their contents are outside ``content_generation``.
+Their addresses are current; their contents are outside ``content_generation``.
 """
 
 from __future__ import annotations
