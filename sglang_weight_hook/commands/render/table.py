@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from .text import console
+from .text import console, printable
 
 
 class Column(NamedTuple):
@@ -19,7 +19,11 @@ class Column(NamedTuple):
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """A table: fitted to a terminal, whole and aligned in a pipe or a file."""
+    """A table: fitted to a terminal, whole and aligned in a pipe or a file.
+
+    Whatever a cell holds, no terminal obeys it.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [
         max([len(column.title), *(len(row[k]) for row in rows)]) for k, column in enumerate(columns)
     ]

@@ -36,16 +36,26 @@ def date_and_time(stamp: Any) -> str:
 
 
 def print_line(*parts: Union[str, tuple[str, str]]) -> None:
-    """A line of text; ``(text, style)`` is coloured where colours are wanted."""
-    console().print(Text.assemble(*parts), soft_wrap=True)
+    """A line of text; ``(text, style)`` is coloured where colours are wanted.
+
+    Whatever a part holds, no terminal obeys it.
+    """
+    safe = [
+        printable(part) if isinstance(part, str) else (printable(part[0]), part[1])
+        for part in parts
+    ]
+    console().print(Text.assemble(*safe), soft_wrap=True)
 
 
 def print_item(word: tuple[str, str], label: str, text: str) -> None:
     """A line of a list; on a terminal its text continues below itself."""
     indent = len(word[0]) + len(label)
     width = console().width - indent
+    text = printable(text)
     lines = textwrap.wrap(text, width) if sys.stdout.isatty() and width > 20 else [text]
-    print_line(word, label, f"\n{' ' * indent}".join(lines))
+    print_line(word, label, lines[0] if lines else "")
+    for line in lines[1:]:
+        print_line(" " * indent, line)
 
 
 def console() -> Console:
