@@ -24,31 +24,74 @@ def file_name(name: str) -> str:
     raise HookError(f"{name!r} is no name that a file can have; give that of a slot or directory")
 
 
-def read_json(path: str) -> Optional[dict[str, Any]]:
-    """A whole JSON object; None where there is no file.  Raises HookError."""
+def open_regular(path: str, follow: bool = True) -> Optional[int]:
+    """A descriptor for reading; None where there is no file.  Raises HookError.
+
+    The one way in which anything in an output directory is opened.  It waits for nobody: a pipe
+    is opened without its writer, and what is no regular file is refused.  ``follow``: also
+    through a symbolic link.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            # A device in a document's place would be read for ever, a huge file for long.
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise HookError(f"{path} is not JSON but a pipe or a device; {FOREIGN}")
-            if status.st_size > MAX_DOCUMENT_BYTES:
-                raise HookError(f"{path} has {status.st_size} bytes; {FOREIGN}")
-            data = file.read(status.st_size + 1)
+        descriptor = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise HookError(
-            f"{path} cannot be read ({error.strerror}); read as a user who may, and check that "
-            f"it is a file"
-        ) from error
+        raise _unreadable(path, error) from error
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise HookError(f"{path} is not JSON ({error}); it was not written by the hook") from error
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        raise _unreadable(path, error) from error
+    os.close(descriptor)
+    raise HookError(f"{path} is not a file but a directory, a pipe or a device; {FOREIGN}")
+
+
+def read_bytes(path: str, limit: int = MAX_DOCUMENT_BYTES) -> Optional[bytes]:
+    """A whole file of up to ``limit`` bytes; None where there is none.  Raises HookError."""
+    descriptor = open_regular(path)
+    if descriptor is None:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            size = os.fstat(descriptor).st_size
+            if size > limit:
+                raise HookError(f"{path} has {size} bytes, {limit} at most; {FOREIGN}")
+            return file.read(size)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def read_value(path: str) -> Any:
+    """What a JSON file says; None where there is no file.  Raises HookError."""
+    data = read_bytes(path)
+    return None if data is None else _parsed(path, data)
+
+
+def read_json(path: str) -> Optional[dict[str, Any]]:
+    """A whole JSON object; None where there is no file.  Raises HookError."""
+    data = read_bytes(path)
+    if data is None:
+        return None
+    value = _parsed(path, data)
     if not isinstance(value, dict):
-        raise HookError(f"{path} holds no JSON object; it was not written by the hook")
+        raise HookError(f"{path} holds no JSON object; {FOREIGN}")
     return value
+
+
+def _parsed(path: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise HookError(f"{path} is not JSON ({error}); {FOREIGN}") from error
+
+
+def _unreadable(path: str, error: OSError) -> HookError:
+    return HookError(
+        f"{path} cannot be read ({error.strerror}); read as a user who may, and check that it is "
+        f"a file"
+    )
 
 
 # What the reader itself relies on; everything else is the caller's to look for.
@@ -81,8 +124,3 @@ def check_schema(document: dict[str, Any], schema: str, path: str) -> None:
     for name, kind in _REQUIRED[schema].items():
         if not isinstance(document.get(name), kind):
             raise HookError(f"{path} has no valid {name!r}; it was not written by the hook")
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    # A pipe in a document's place would keep an ordinary open() waiting for its writer.
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

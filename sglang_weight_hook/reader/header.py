@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import time
 from types import TracebackType
 from typing import Optional
 
 from ..layout.header import SEQUENCE, SIZE, Header, unpack
 from .errors import FOREIGN, HookError
+from .files import open_regular
 
 _SEQUENCE_OFFSET = 8 * SEQUENCE
 # The owner takes some microseconds to rewrite the header, so that most readings succeed at once;
@@ -23,9 +23,6 @@ _SEQUENCE_OFFSET = 8 * SEQUENCE
 _TRIES = 100
 _PATIENT_TRIES = 1000
 _PAUSE = 0.001  # seconds, after each of the patient ones
-
-# Through no link, and a pipe in its place is not waited for.
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class HeaderReader:
@@ -45,21 +42,16 @@ class HeaderReader:
         """Open the header at ``path``.  Raises HookError."""
         self.path = path
         self._descriptor = -1
-        try:
-            self._descriptor = os.open(path, _FLAGS)
-        except FileNotFoundError as error:
+        descriptor = open_regular(path, follow=False)
+        if descriptor is None:
             raise HookError(
                 f"{path} does not exist: its owner has exited, could not write it or is of release "
                 f"0.1; read the slot's state file"
-            ) from error
-        except OSError as error:
-            raise HookError(
-                f"{path} cannot be read ({error.strerror}); read as a user who may, and check that "
-                f"it is a file"
-            ) from error
+            )
+        self._descriptor = descriptor
         try:
             status = os.fstat(self._descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size != SIZE:
+            if status.st_size != SIZE:
                 raise HookError(f"{path} is not a file of {SIZE} bytes; {FOREIGN}")
         except BaseException:
             self.close()

@@ -17,10 +17,10 @@ from . import control
 from .control import Check
 from .document import Document
 from .errors import Busy, HookError
-from .files import check_schema, file_name, read_json
+from .files import check_schema, file_name, open_regular, read_json
 from .header import HeaderReader
 from .history import History
-from .ownership import process_lives, process_of, same_instance
+from .ownership import ABSENT, UNKNOWN, Liveness, liveness, lock_at, process_of, same_instance
 from .watch import DirectoryWatch
 
 # Seconds between looks while waiting: inotify does not see changes made by other hosts.
@@ -41,6 +41,7 @@ class Slot:
         self.directory = file_name(directory)
         self.name = file_name(name)
         self._watches: list[DirectoryWatch] = []  # not waited on now
+        self._namespace: Optional[tuple[Any, Optional[str]]] = None  # of the owner asked about last
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, (self.directory, self.name)
@@ -70,6 +71,10 @@ class Slot:
         deadline = time.monotonic() + timeout
         pause = 0.001
         while True:
+            if time.monotonic() < deadline and self._is_about_to_publish():
+                time.sleep(pause)
+                pause = min(pause * 2, 0.05)
+                continue
             before = self.read_state()
             layout = read_json(self.path(files.LAYOUT))
             if layout is not None:
@@ -137,24 +142,47 @@ class Slot:
     def owner_alive(self) -> bool:
         """Whether the process that publishes this slot still lives.
 
-        It holds ``weight_owner_{slot}.lock`` for life, so being able to lock that file means
-        that it has exited.  Where the file can't be opened, pid, start time and boot decide.
+        It does if ``weight_owner_{slot}.lock`` is locked, which the owner does for life, and if
+        the process that the state file names (pid, start time, boot id) exists.  Both count:
+        whoever may read the lock file may lock it as well.  Where that process cannot be looked
+        at (on another host, in another pid namespace) the lock alone decides: see `liveness`,
+        which says how certain the answer is.  Where the lock file can't be read, the process
+        alone decides.  Raises HookError where neither can be had.
         """
+        return self.liveness().alive
+
+    def liveness(self) -> Liveness:
+        """`owner_alive`, with whether that is certain and what it rests on.  Raises HookError."""
+        lock = lock_at(self.path(files.OWNER_LOCK))
+        if lock == ABSENT:
+            return liveness(lock, None, self._owners_namespace)
         try:
-            descriptor = os.open(self.path(files.OWNER_LOCK), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return process_lives(self.read_state())
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return True
-            return process_lives(self.read_state())
-        finally:
-            os.close(descriptor)
-        return False
+            state = self._state_if_any()
+        except HookError:
+            if lock == UNKNOWN:
+                raise
+            state = None  # nothing can be said about the process
+        if state is None and lock == UNKNOWN:
+            state = self.read_state()  # says that there is none
+        return liveness(lock, state, lambda: self._owners_namespace(state))
+
+    def _owners_namespace(self, state: Optional[Mapping[str, Any]] = None) -> Optional[str]:
+        """The pid namespace of the process that the state names, if its layout tells it.
+
+        Asked only where that process is not in sight, for a layout is large; and once a process.
+        """
+        owner = process_of(dict(state or {}))
+        if self._namespace is None or self._namespace[0] != owner:
+            try:
+                layout = read_json(self.path(files.LAYOUT))
+            except HookError:
+                return None
+            identity = layout.get("identity") if layout else None
+            if not isinstance(identity, dict) or process_of(identity) != owner:
+                return None
+            found = identity.get("pid_namespace")
+            self._namespace = owner, found if isinstance(found, str) else None
+        return self._namespace[1]
 
     def wait_for_change(
         self,
@@ -175,7 +203,7 @@ class Slot:
                 known = self._state_if_any()
             while True:
                 state = self._state_if_any()
-                if state is not None and state != known:
+                if state is not None and state != known and not self._is_known(state, known):
                     return state
                 left = LOOK_AGAIN if deadline is None else deadline - time.monotonic()
                 if left <= 0:
@@ -209,9 +237,12 @@ class Slot:
             deadline = None if timeout is None else time.monotonic() + timeout
             while True:
                 alive = self.owner_alive()  # before the look: what it published last counts
-                state = self.read_state() if seen is None else self._state_if_any()
+                state = self._state_if_any()
+                if state is None and seen is None and not alive:
+                    self.read_state()  # raises: nobody publishes here, nor is about to
                 if state is not None and _settled(state) and _generation(state) != seen:
-                    document = self.read()
+                    left = 10.0 if deadline is None else deadline - time.monotonic()
+                    document = self.read(max(left, 0.0))
                     if _settled(document.state) and _generation(document.state) != seen:
                         seen = _generation(document.state)
                         yield document
@@ -221,6 +252,23 @@ class Slot:
                 if not alive or left <= 0:
                     return
                 watch.wait(min(left, LOOK_AGAIN))
+
+    def _is_known(self, state: dict[str, Any], known: Optional[Mapping[str, Any]]) -> bool:
+        """Whether ``known`` is what `read` makes of this state and a layout without a state."""
+        if known is None or not known.keys() >= state.keys():
+            return False
+        if process_of(dict(known)) != process_of(state) or not same_instance(known, state):
+            return False
+        generation = known.get("layout_generation")
+        return (
+            isinstance(generation, int)
+            and generation > state["layout_generation"]
+            and not self.owner_alive()
+        )
+
+    def _is_about_to_publish(self) -> bool:
+        """Whether a process has claimed the slot and has not written its first state yet."""
+        return not os.path.lexists(self.path(files.STATE)) and self.owner_alive()
 
     def _state_if_any(self) -> Optional[dict[str, Any]]:
         """The state document, or None where there is none (now)."""
@@ -245,10 +293,12 @@ class Slot:
         without an answer, HookError is raised.  What SGLang moves without a call that the hook
         knows, and after the check, is not kept from moving.
         """
-        try:
-            descriptor = os.open(self.path(files.SAVING_LOCK), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise HookError(f"{self.path(files.SAVING_LOCK)}: {error.strerror}") from error
+        descriptor = open_regular(self.path(files.SAVING_LOCK), follow=False)
+        if descriptor is None:
+            raise HookError(
+                f"{self.path(files.SAVING_LOCK)} does not exist; check the directory and that the "
+                f"server has loaded its model"
+            )
         try:
             deadline = time.monotonic() + timeout
             while True:

@@ -6,7 +6,6 @@ these addresses.  A ``warning`` means: they are valid, with a limitation that th
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from ..layout import files
 from . import checks
 from .document import Document
 from .errors import HookError
+from .files import read_value
 from .findings import ERROR as ERROR
 from .findings import WARNING as WARNING
 from .findings import Finding, Remark, Unreadable, limited
@@ -132,7 +132,15 @@ def _load(path: str) -> Any:
 
 def _owner(slot: Slot) -> Iterator[Remark]:
     try:
-        if slot.owner_alive():
+        found = slot.liveness()
+        if found.alive and not found.certain:
+            yield (
+                WARNING,
+                "owner",
+                f"whether the owner lives is not certain: {found.why}; verify on the server's "
+                f"host, in its pid namespace",
+            )
+        if found.alive:
             return
         pid = slot.read_state()["pid"]
     except HookError:
