@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
+from ..layout import accounting
 from .document import Document
 from .errors import HookError
 
@@ -156,8 +157,9 @@ def _sum(documents: list[Document]) -> Gpu:
     named = sum(found.named for found in storages.values())
     outside = unbacked = None
     if total is not None and free is not None and other_live is not None:
-        unnamed = total - free - named - other_live - (reserved_free or 0)
-        outside, unbacked = max(unnamed, 0), max(-unnamed, 0)
+        counted = named + other_live + (reserved_free or 0)
+        released = sum(sum(found.released.values()) for found in storages.values())
+        outside, unbacked = accounting.remainder(total, free, counted, released)
     return Gpu(
         hostname=_text(last.identity.get("hostname")),
         gpu_id=_gpu_id(last),

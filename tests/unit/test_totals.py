@@ -162,6 +162,19 @@ def test_released_memory_is_said_to_be_so() -> None:
     assert whole(gpu) == 10 * GIB
 
 
+def test_a_release_hides_no_memory_of_other_processes() -> None:
+    document = gpu_document(
+        "0",
+        {"w": a_tensor(4096, 30 * GIB)},
+        residency={"weights": "released"},
+        device_free_bytes=60 * GIB,
+        device_total_bytes=80 * GIB,
+    )
+    (gpu,) = totals.per_gpu([document])
+    assert (gpu.outside, gpu.unbacked) == (20 * GIB, 30 * GIB)
+    assert whole(gpu) == 80 * GIB
+
+
 def test_offloaded_weights_are_counted_apart() -> None:
     tensors = {
         "w": a_tensor(4096, GIB),
