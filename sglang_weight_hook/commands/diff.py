@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
-from ..reader import compare
+from ..reader import Diff, Document, compare
 from .app import ACT, command
 from .options import DirOption, JsonOption
-from .render.text import address_text, print_json, print_line, printable
+from .render.text import address_text, print_json, print_line
 from .selection import document_of, heading
 
 # Names listed for each kind of change, unless all are asked for.
@@ -38,13 +38,13 @@ def diff(
     """Compare two layouts: tensors moved, resized, added, removed.
 
     Exit status 0: memory registered from OLD is still valid (contents may have changed).
-    Exit status 3: register the memory again.
+    Exit status 3: register the memory again, or do not use it now (NEW is updating or released).
     """
     before, after = document_of(directory, old), document_of(directory, new)
     changes = compare(before.raw, after.raw)
-    status = ACT if changes.must_register_again else 0
-    # Buckets written in place after the layout are counted in the state document only.
-    content = changes.content_changed or (before.content_generation != after.content_generation)
+    content = _content_changed(before, after, changes)
+    obstacle = _OBSTACLES.get(str(after.state["state"]))
+    status = ACT if changes.must_register_again or obstacle else 0
     if as_json:
         print_json(
             {
@@ -52,9 +52,38 @@ def diff(
                 "new": heading(after),
                 **changes.as_dict(),
                 "content_changed": content,
+                "content_only": changes.content_only if content is not None else None,
+                "obstacle": obstacle,
             }
         )
         return status
+    _print_names(before, after, changes, everything)
+    _print_verdict(changes, content, obstacle)
+    return status
+
+
+# What a state means for memory that was registered, where it is not to be used now.
+_OBSTACLES = {
+    "updating": "an update is running: contents are half written and addresses may still change; "
+    "compare again when it is over",
+    "released": "the weights' memory is released: touching the addresses faults, and what was "
+    "registered has no memory behind it; register again when it is resumed",
+}
+
+
+def _content_changed(before: Document, after: Document, changes: Diff) -> Optional[bool]:
+    """Whether values were written; None where two saved copies cannot tell.
+
+    What is written in place after a layout is counted in the state document only.
+    """
+    if changes.content_changed or before.content_generation != after.content_generation:
+        return True
+    if after.is_live:
+        return False
+    return None
+
+
+def _print_names(before: Document, after: Document, changes: Diff, everything: bool) -> None:
     for word, names in (
         ("moved", changes.moved),
         ("resized", changes.resized),
@@ -69,9 +98,12 @@ def diff(
                 for document in (before, after)
                 if name in document.tensors
             ]
-            print_line(f"  {' -> '.join(places)}  {printable(name)}")
+            print_line(f"  {' -> '.join(places)}  {name}")
         if len(names) > _LISTED and not everything:
             print_line(f"  and {len(names) - _LISTED} more (--all lists them)")
+
+
+def _print_verdict(changes: Diff, content: Optional[bool], obstacle: Optional[str]) -> None:
     reasons = [
         reason
         for reason, holds in (
@@ -82,9 +114,15 @@ def diff(
         )
         if holds
     ]
-    contents = "contents changed" if content else "contents are the same"
-    if status:
+    contents = {
+        True: "contents changed",
+        False: "contents are the same",
+        None: "whether contents changed is unknown: what is written in place leaves a layout as "
+        "it is (name the slot as NEW to know)",
+    }[content]
+    if reasons:
         print_line(("register again", "bold red"), f": {', '.join(reasons)}; {contents}")
-    else:
+    elif obstacle is None:
         print_line(("registrations hold", "bold green"), f"; {contents}")
-    return status
+    if obstacle is not None:
+        print_line(("do not use it now", "bold red"), f": {obstacle}")

@@ -77,8 +77,9 @@ def _differ(one: Mapping[str, Any], other: Mapping[str, Any], fields: tuple[str,
 
 
 def _process(document: Mapping[str, Any]) -> tuple[Any, ...]:
-    owner = document["identity"]
-    return owner.get("boot_id"), owner.get("pid"), owner.get("process_start_ticks")
+    # Two hosts may have equal pids and start times, machines of one snapshot equal boot ids.
+    fields = ("hostname", "boot_id", "pid_namespace", "pid", "process_start_ticks")
+    return tuple(document["identity"].get(field) for field in fields)
 
 
 def _regions(document: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -19,7 +19,6 @@ FILE_LINES, FUNCTION_LINES = 500, 60
 
 # Still to be divided.  A row goes as soon as its file or function is short enough.
 PENDING = {
-    "sglang_weight_hook/commands/diff.py::diff",
     "sglang_weight_hook/commands/lookup.py::lookup",
     "sglang_weight_hook/commands/report.py::report",
     "sglang_weight_hook/commands/show.py::show",
