@@ -22,8 +22,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
-from ..layout.states import KV_CACHE, RELEASED, RESIDENT, TAGS, WEIGHTS
-from . import background, cuda_driver, identity, once, publication, publish, settings
+from . import background, cuda_driver, effects, identity, once, publication, publish, settings
 from .events import EFFECTS, Call, outcome
 from .tracked import Tracked
 
@@ -138,7 +137,7 @@ def finish(begun: Begun, result: Any, error: Optional[BaseException]) -> None:
             _join(begun, _participants("load", begun.named))
         done = []
         for tracked in begun.participants:
-            changed = _apply(tracked, begun, success)
+            changed = effects.apply(tracked, begun.effect, begun.details, success, bool(_building))
             named = not begun.named or any(_is_of(tracked, one) for one in begun.named)
             if tracked.event is not None:
                 tracked.event.result(begun.effect, success, message, changed, named)
@@ -265,62 +264,6 @@ def _request() -> Optional[Request]:
             return request
         stack.pop()
     return None
-
-
-# --- what effects mean ----------------------------------------------------------------------
-
-
-def _apply(tracked: Tracked, begun: Begun, success: bool) -> bool:
-    """Note what the effect means for ``tracked``; whether its contents may have changed.
-
-    A failed update may have written before it failed, so it counts as a change of contents.
-    """
-    effect = begun.effect
-    if effect in ("release", "resume"):
-        return _apply_memory(tracked, begun, success)
-    if effect in ("settle", "build"):
-        tracked.settled = True
-        return False
-    if effect == "adapt":
-        return False
-    if effect == "open":
-        return not success  # half-way, it has unpacked weights that nobody packs again
-    if effect in ("load", "commit"):
-        return effect == "commit" or tracked.content_generation > 0  # loaded again
-    tracked.updated = True
-    # Who updates a runner uses it: that counts as built also where no scheduler is (a program
-    # that embeds a ModelRunner of its own).  What happens while one is being built does not.
-    if not _building:
-        tracked.settled = True
-    return True
-
-
-def _apply_memory(tracked: Tracked, begun: Begun, success: bool) -> bool:
-    """Note what the memory saver freed or backed anew; whether the weights' contents are other.
-
-    Without a memory saver SGLang's release frees nothing, and nothing is claimed to be freed.
-    """
-    if not begun.details.get("physical"):
-        return False
-    tags = [tag for tag in begun.details.get("tags") or TAGS if tag in TAGS]
-    if not success:
-        # How far a release came before it failed is not known: once resumed, its pages count
-        # as other ones.  Whether the weights have pages that hold them shows with the next write.
-        tracked.doubtful.update(tags if begun.effect == "release" else ())
-        if WEIGHTS in tags and tracked.event is not None:
-            tracked.event.write_failed = True
-        return False
-    fresh = set()
-    for tag in tags:
-        gone = tracked.residency[tag] == RELEASED or tag in tracked.doubtful
-        if begun.effect == "resume" and gone:
-            fresh.add(tag)
-        tracked.doubtful.discard(tag)
-        tracked.residency[tag] = RELEASED if begun.effect == "release" else RESIDENT
-    # Other pages behind the same addresses: what was registered with them is stale.
-    tracked.physical_epoch += WEIGHTS in fresh
-    tracked.kv_physical_epoch += KV_CACHE in fresh
-    return WEIGHTS in fresh
 
 
 # --- whose weights --------------------------------------------------------------------------

@@ -123,6 +123,7 @@ class Tracked:
         lost = event is not None
         self.unseen = self.unseen or lost
         self.updated = self.updated or (lost and self.settled)
+        self.broken = self.broken or (event is not None and event.write_failed)
         self.event = Event(kind, effect)
         self.event.changed_content = lost
         return True

@@ -95,6 +95,16 @@ def test_a_request_whose_end_is_never_told_keeps_no_event_open(
     assert lock_is_free(maps)
 
 
+def test_a_write_that_failed_in_an_event_whose_end_is_never_told_is_not_forgotten(
+    runner: FakeRunner, maps: Path
+) -> None:
+    lost = recorder.begin_request({})
+    event("update_weights_from_disk", "update", [runner], error=RuntimeError("half way"))
+    del lost
+    settle()
+    assert state_of(maps)["state"] == "failed"
+
+
 def test_a_session_of_a_runner_that_is_gone_keeps_no_other_runner_updating(maps: Path) -> None:
     runners = [FakeRunner(a_model()), FakeRunner(a_model(), draft=True)]
     for runner in runners:
@@ -109,6 +119,18 @@ def test_a_session_of_a_runner_that_is_gone_keeps_no_other_runner_updating(maps:
     update(runners[0])
     assert state_of(maps, "0_draft")["state"] == "ready"
     assert lock_is_free(maps, "0_draft")
+
+
+def test_a_call_that_outlives_its_runner_takes_no_slot_again(maps: Path) -> None:
+    runners = [FakeRunner(a_model())]
+    load(runners[0])
+    begun = recorder.begin("release_memory_occupation", "release")
+    runners.clear()
+    gc.collect()
+    recorder.finish(begun, None, None)
+    runners.append(FakeRunner(a_model()))
+    load(runners[0])
+    assert state_of(maps)["slot"] == "0"
 
 
 # --- forked children --------------------------------------------------------------------------
