@@ -23,7 +23,6 @@ PENDING = {
     "sglang_weight_hook/commands/report.py::report",
     "sglang_weight_hook/commands/show.py::show",
     "sglang_weight_hook/commands/verify.py::verify_",
-    "sglang_weight_hook/publisher/recorder.py",
 }
 
 
