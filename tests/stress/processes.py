@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Optional
+
+from sglang_weight_hook.layout.files import CONTROL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,6 +185,17 @@ class RunningScenario:
         status, said = self._fork_server.wait(self.pid)
         assert status == 0, said
         return json.loads(said)
+
+
+def published_names(directory: Path) -> set[str]:
+    """The files in a directory, but for control sockets: a dead process's stays for a while."""
+    return {name for name in os.listdir(directory) if not fnmatch(name, CONTROL.format("*"))}
+
+
+def copy_documents(good: Path, bad: Path) -> None:
+    """``bad`` as a copy of the directory ``good``; a socket cannot be copied."""
+    shutil.rmtree(bad, ignore_errors=True)
+    shutil.copytree(good, bad, ignore=shutil.ignore_patterns(CONTROL.format("*")))
 
 
 def whole_files(directory: Path) -> dict[str, Any]:

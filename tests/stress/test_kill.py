@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -18,11 +17,19 @@ from tests.stress.processes import (
     KILL_WITHIN,
     ForkServer,
     is_mixed,
+    published_names,
     whole_files,
 )
 
-ALL_FILES = {document.format("0") for document in (*files.DOCUMENTS, files.SAVING_LOCK)} | {
-    files.OWNER_LOCK.format("0")
+ALL_FILES = {
+    name.format("0")
+    for name in (
+        *files.DOCUMENTS,
+        files.HEADER,
+        files.EVENTS,
+        files.SAVING_LOCK,
+        files.OWNER_LOCK,
+    )
 }
 
 
@@ -71,7 +78,7 @@ def test_after_a_kill_at_any_operation_the_next_process_takes_over(
             look(maps, seen)
         told = fork_server.run("successor", directory=str(maps))
         assert (told["slot"], told["said"]) == ("0", []), (at, trail[at - 1])
-        assert set(os.listdir(maps)) == ALL_FILES, (at, trail[at - 1])
+        assert published_names(maps) == ALL_FILES, (at, trail[at - 1])
         document = hook.open_slot(str(maps), "0").read(timeout=0)
         found = {name: [t["ptr"], t["shape"]] for name, t in document.tensors.items()}
         assert found == told["truth"]

@@ -305,7 +305,8 @@ def test_ten_thousand_stale_files(fork_server: ForkServer, maps: Path, is_long: 
     """Of dead servers, of killed publications, of others: the slot is claimed and found."""
     fork_server.run("successor", directory=str(maps))
     count = 10_000 if is_long else 2_000
-    dead = {name: data for name in os.listdir(maps) if (data := (maps / name).read_bytes())}
+    names = processes.published_names(maps)
+    dead = {name: data for name in names if (data := (maps / name).read_bytes())}
     for number in range(100, 100 + count // 10):
         for name, data in dead.items():
             (maps / name.replace("_0.", f"_{number}.")).write_bytes(data)

@@ -26,7 +26,7 @@ import sglang_weight_hook as hook
 from sglang_weight_hook import reader
 from sglang_weight_hook.layout import files
 from tests.stress import untrusted_documents
-from tests.stress.processes import ROOT, ForkServer, environment
+from tests.stress.processes import ROOT, ForkServer, copy_documents, environment
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # nothing is stored between runs
 
@@ -50,8 +50,7 @@ def test_a_changed_document_is_an_answer_or_one_documented_error(
     good, bad = folder / "maps", folder / "untrusted"
     every = untrusted_documents.commands(good, bad)
     for arguments in every:  # unchanged, all is well
-        shutil.rmtree(bad, ignore_errors=True)
-        shutil.copytree(good, bad)
+        copy_documents(good, bad)
         untrusted_documents.check_command(arguments)
     examples = 0
 
@@ -106,7 +105,7 @@ def test_changed_documents_found_by_coverage(folder: Path, is_long: bool) -> Non
 
 @pytest.fixture
 def bad(folder: Path, tmp_path: Path) -> Path:
-    shutil.copytree(folder / "maps", tmp_path / "bad")
+    copy_documents(folder / "maps", tmp_path / "bad")
     return tmp_path / "bad"
 
 

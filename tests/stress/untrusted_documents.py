@@ -15,7 +15,6 @@ import copy
 import io
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from sglang_weight_hook import reader
 from sglang_weight_hook.commands import entry as cli
 from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import totals
+from tests.stress.processes import copy_documents
 
 Pick = Callable[[int], int]  # a number from 0 to n - 1
 
@@ -96,8 +96,7 @@ def spoil(data: bytes, pick: Pick) -> bytes:
 
 def spread(good: Path, bad: Path, pick: Pick) -> None:
     """A copy of the directory ``good`` in which some file untrusted_documents."""
-    shutil.rmtree(bad, ignore_errors=True)
-    shutil.copytree(good, bad)
+    copy_documents(good, bad)
     names = sorted(name for name in os.listdir(good) if name.endswith(".json"))
     favourites = [files.LAYOUT.format("0"), files.STATE.format("0")] * 3
     for _ in range(1 + pick(2)):

@@ -18,25 +18,22 @@ for folder in (ROOT, HERE):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from fake_sglang import FakeRunner, load, settle  # noqa: E402
+from fake_sglang import FakeRunner, forget, load, settle  # noqa: E402
 from memory_saver import FakeMemorySaver, scheduler_with  # noqa: E402
 from patched_methods import Recorded  # noqa: E402
 from published_files import a_model  # noqa: E402
 
 import sglang_weight_hook_patch_core as core  # noqa: E402
-from sglang_weight_hook.publisher import background, cuda_driver, once, recorder, settings  # noqa: E402
 from sglang_weight_hook.publisher import capture as capture_module  # noqa: E402
+from sglang_weight_hook.publisher import cuda_driver, recorder, settings  # noqa: E402
 
 
 def forget_everything() -> None:
     """Put the hook's state for this process back to that of a fresh process."""
-    background.stop()
-    recorder._after_fork_in_child()
-    once._said.clear()
+    forget()
     core._wrapped.clear()
     core._missing.clear()
     core._logged.clear()
-    settings._base = settings._settings = None
 
 
 @pytest.fixture

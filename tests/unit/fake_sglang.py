@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_weight_hook.publisher import once, recorder, settings
+from sglang_weight_hook.publisher import background, once, recorder, settings
 
 
 class FakeConfig:
@@ -40,6 +40,7 @@ class FakeRunner:
 
 def forget() -> None:
     """Put the publisher's state for this process back to that of a fresh process."""
+    background.stop()
     recorder._after_fork_in_child()
     once._said.clear()
     settings._base = settings._settings = None
