@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Optional
 
 from tests.gpu.gpu_server import GpuServer, hooked_venv, thin_venv
 from tests.gpu.map_checks import Report
+
+OFTEN = "with, every 0.1 s"
+VARIABLES = {OFTEN: {"SGLANG_WEIGHT_HOOK_CHECK_SECONDS": "0.1"}}
 
 
 def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
     """Requests and updates of servers that run side by side, interleaved.
 
-    Two without anything, two with the hook, and, where ``SEED_PROTOTYPE`` names its folder, one
+    Two without anything, two with the hook (one of them compares its map with memory ten times a
+    second instead of every ten seconds), and, where ``SEED_PROTOTYPE`` names its folder, one
     with the prototype.  Each figure is compared with the first bare server's of the same turn;
     the second bare one shows how far two equal servers differ.
     """
@@ -30,19 +32,19 @@ def serving(report: Report, python: Path, a: Path, b: Path, folder: Path) -> Non
         figures = _time_requests(servers)
         figures["update from disk"] = _time_updates(servers, (b, a))
         for what, times in figures.items():
-            _compare(report, what, times)
+            compare(report, what, times)
         with report.check("serving: device memory of each server") as seen:
             for name, server in servers.items():
-                seen[name] = f"{_device_mib(server)} MiB"
+                seen[name] = f"{server.device_mib()} MiB"
 
 
 def _interpreters(python: Path, folder: Path) -> dict[str, Path]:
     """An interpreter for each server, by what it is with."""
     bare = thin_venv(python, folder / "bare")
     # Without the probes: their threads wake twenty times a second.
-    hooked = hooked_venv(bare, folder / "hooked", probes=False)
+    hooked = hooked_venv(bare, folder / "hooked", probes=())
     interpreters = {
-        "without": bare, "with": hooked, "without, again": bare, "with, again": hooked
+        "without": bare, "with": hooked, "without, again": bare, OFTEN: hooked
     }  # fmt: skip
     if prototype := os.environ.get("SEED_PROTOTYPE"):
         # It imports torch when the interpreter starts: what makes torch importable goes first.
@@ -66,9 +68,13 @@ def _start_all(
     servers: dict[str, GpuServer] = {}
     with ThreadPoolExecutor(len(interpreters)) as starting:
         started = {
-            name: starting.submit(GpuServer(each, model, folder / name, small, fraction=0.6).start)
+            name: starting.submit(
+                GpuServer(
+                    each, model, folder / name, small, VARIABLES.get(name), fraction=0.6
+                ).start
+            )
             for name, each in interpreters.items()
-        }
+        }  # fmt: skip
         for name, future in started.items():
             try:
                 servers[name] = future.result()
@@ -90,7 +96,7 @@ def _time_requests(servers: Mapping[str, GpuServer]) -> dict[str, dict[str, list
             server.generate(max_new_tokens=32)
             server.generate(max_new_tokens=1)
     for what, tokens in (("32 tokens", 32), ("first token", 1)):
-        _interleave(figures[what], servers, 60, lambda server, _: server.generate(
+        interleave(figures[what], servers, 60, lambda server, _: server.generate(
             max_new_tokens=tokens  # noqa: B023
         ))  # fmt: skip
     with ThreadPoolExecutor(16) as clients:
@@ -100,7 +106,7 @@ def _time_requests(servers: Mapping[str, GpuServer]) -> dict[str, dict[str, list
 
         for server in servers.values():
             burst(server, 0)
-        _interleave(figures["16 requests at once"], servers, 30, burst)
+        interleave(figures["16 requests at once"], servers, 120, burst)
     return figures
 
 
@@ -118,12 +124,12 @@ def _time_updates(
     ours = {name: server for name, server in servers.items() if name != "prototype"}
     for server in ours.values():
         server.wait_idle()
-    _interleave(times, ours, 60, update)
+    interleave(times, ours, 60, update)
     if "prototype" in servers:
         try:
             servers["prototype"].wait_idle()
             only = {"prototype": servers["prototype"]}
-            _interleave(times, only, 60, update)
+            interleave(times, only, 60, update)
         except (OSError, AssertionError, RuntimeError) as error:
             times.pop("prototype", None)
             print(f"the prototype's update: {error}", flush=True)
@@ -131,7 +137,7 @@ def _time_updates(
     return times
 
 
-def _compare(report: Report, what: str, times: Mapping[str, list[float]]) -> None:
+def compare(report: Report, what: str, times: Mapping[str, list[float]]) -> None:
     """Each figure against the first bare server's of the same turn."""
     with report.check(f"serving: {what}") as seen:
         first = times["without"]
@@ -149,7 +155,7 @@ def _compare(report: Report, what: str, times: Mapping[str, list[float]]) -> Non
             )
 
 
-def _interleave(
+def interleave(
     times: dict[str, list[float]],
     servers: Mapping[str, GpuServer],
     turns: int,
@@ -163,17 +169,3 @@ def _interleave(
             started = time.perf_counter()
             act(servers[name], turn)
             times.setdefault(name, []).append(time.perf_counter() - started)
-
-
-def _device_mib(server: GpuServer) -> Optional[int]:
-    """What nvidia-smi says the server's processes hold; None where it does not say."""
-    said = subprocess.run(
-        ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    mine = set(server.group_pids())
-    held = [line.split(",") for line in said.splitlines()]
-    sizes = [int(size) for pid, size in held if int(pid) in mine and size.strip().isdigit()]
-    return sum(sizes) if sizes else None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sglang_weight_hook.publisher import background
 from tests.unit.fake_sglang import FakeRunner, forget
 
 if TYPE_CHECKING:
@@ -42,8 +43,13 @@ def maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         if name.startswith("SGLANG_WEIGHT_HOOK") and name != IN_CHILD:
             monkeypatch.delenv(name)
     monkeypatch.setenv("SGLANG_WEIGHT_HOOK_DIR", str(tmp_path / "maps"))
+    # Without the hook's thread, but for the tests of it (test_cuda_background.py).
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_CHECK_SECONDS", "0")
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_QUIET_MS", "0")
+    background.stop()
     forget()
     yield tmp_path / "maps"
+    background.stop()
     forget()
 
 

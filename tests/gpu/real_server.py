@@ -18,10 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.gpu.checks_background import lora, offload, saver, unannounced
 from tests.gpu.checks_drafts import eagle, speculative
 from tests.gpu.checks_one_server import plain
 from tests.gpu.checks_serving import serving
 from tests.gpu.checks_sizes import DEEPSEEK_V3, LLAMA_70B, real_size, tensor_parallel
+from tests.gpu.checks_thread import streams, thread
 from tests.gpu.checks_updates import online, quantised
 from tests.gpu.gpu_server import hooked_venv, make_checkpoint
 from tests.gpu.map_checks import Report
@@ -32,6 +34,12 @@ CHECKS: dict[str, Callable[..., None]] = {
     "eagle": eagle,
     "online": online,
     "quantised": quantised,
+    "unannounced": unannounced,
+    "saver": saver,
+    "lora": lora,
+    "offload": offload,
+    "streams": streams,
+    "thread": thread,
     "serving": serving,
     "tensor_parallel": tensor_parallel,
     "llama": real_size(LLAMA_70B),
