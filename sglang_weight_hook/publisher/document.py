@@ -335,7 +335,7 @@ def event(
     if counts is not None:
         described.update(moved=counts.moved, added=counts.added, removed=counts.removed)
     if names:
-        described["tensors"] = [_short(name, NAMES_LENGTH) for name in names]
+        described["tensors"] = [_tail(name, NAMES_LENGTH) for name in names]
     return described
 
 
@@ -354,6 +354,14 @@ def event_line(
         "process_start_ticks": process["process_start_ticks"],
         "updated_at": now,
     }
+
+
+def _tail(name: str, limit: int) -> str:
+    """The end of a name, which says more than its beginning, within ``limit`` bytes of JSON."""
+    kept = name[-limit:]
+    while len(json.dumps(kept)) > limit:
+        kept = kept[len(kept) // 8 + 1 :]
+    return kept if kept == name else "..." + kept
 
 
 def _short(text: Optional[str], limit: int = MESSAGE_LIMIT) -> Optional[str]:

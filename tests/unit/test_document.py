@@ -313,6 +313,15 @@ def test_the_state_of_an_unannounced_change_stays_below_2_kb(text: str) -> None:
     assert len(publish.encode(made)) < 2048
 
 
+def test_of_a_long_name_the_end_is_kept() -> None:
+    name = "model.layers.0.self_attn.rotary_emb.cos_sin_cache"
+    made = document.event("unannounced_change", True, None, 0.0, 1.0, None, 0, names=[name, "x"])
+    assert made["tensors"][1] == "x"
+    assert made["tensors"][0].startswith("...")
+    assert name.endswith(made["tensors"][0][3:])
+    assert made["tensors"][0].endswith("rotary_emb.cos_sin_cache")
+
+
 @given(st.text(), st.text())
 def test_a_message_is_kept_whole_or_cut_visibly(message: str, problem: str) -> None:
     made = state(message, problem, [], "0")
