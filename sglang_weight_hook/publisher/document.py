@@ -18,7 +18,7 @@ from .capture import Capture
 # State files stay under 2 KB, so a message of SGLang's is cut, and so is a list of names.
 MESSAGE_LIMIT = 200
 NAME_LIMIT = 72
-NAMES_LIMIT, NAMES_LENGTH = 5, 48
+NAMES_LIMIT, NAMES_LENGTH = 5, 42
 
 # --- the layout document ------------------------------------------------------------------
 
