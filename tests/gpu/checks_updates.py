@@ -34,7 +34,9 @@ def online(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None
                 assert any(step["speaks_as_b"] for step in steps), steps
                 after = slot.read()
                 assert after.layout_generation == before.layout_generation
-                assert after.content_generation > before.content_generation + 3
+                # A stream or session of buckets is one generation; so is each update from disk.
+                assert after.content_generation > before.content_generation
+                assert after.state["event"]["success"] is True
                 seen.update(content=after.content_generation - before.content_generation)
                 check_bytes(server, "0", a, seen)  # the client has put A back
         sender = Path(__file__).with_name("ipc_update.py")
