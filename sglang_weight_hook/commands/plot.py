@@ -6,11 +6,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..reader import HookError, open_directory, open_file
+from ..reader import Document, HookError, Slot, open_directory, open_file
 from .app import command
 from .options import DirOption
 from .render import page
-from .render.text import print_line
+from .render.text import complain, print_line
 from .selection import document_of, slots_in
 
 
@@ -40,15 +40,44 @@ def plot(
     directory: DirOption = None,
 ) -> int:
     """Draw the memory of all slots, or of those named, as HTML."""
-    names = slots or [slot.name for slot in slots_in(open_directory(directory))]
-    documents = [document_of(directory, name).raw for name in names]
     earlier = [open_file(path).raw for path in before] if before else None
+    named = [document_of(directory, name) for name in slots or ()]
+    documents = named or _readable(slots_in(open_directory(directory)))
     try:
-        page.write_html(documents, output, earlier)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise HookError(
-            f"a layout document does not have the hook's format ({type(error).__name__}: {error}); "
-            f"`sglang-weight-hook verify` says where"
-        ) from error
+        page.write_html([document.raw for document in documents], output, earlier)
+    except _MALFORMED as error:
+        raise _malformed(error) from error
     print_line(f"{output}: {len(documents)} {'slot' if len(documents) == 1 else 'slots'}")
     return 0
+
+
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+
+
+def _readable(slots: list[Slot]) -> list[Document]:
+    """Those that can be drawn; about the others stderr says why, so one does not stop all."""
+    found, last = [], None
+    for slot in slots:
+        try:
+            document = slot.read()
+            if len(slots) > 1:
+                page.page([document.raw])
+        except HookError as error:
+            last = error
+        except _MALFORMED as error:
+            last = _malformed(error)
+        else:
+            found.append(document)
+            continue
+        if len(slots) > 1:
+            complain(f"slot {slot.name} is left out: {last}")
+    if not found and last is not None:
+        raise last
+    return found
+
+
+def _malformed(error: Exception) -> HookError:
+    return HookError(
+        f"a layout document does not have the hook's format ({type(error).__name__}: {error}); "
+        f"`sglang-weight-hook verify` says where"
+    )

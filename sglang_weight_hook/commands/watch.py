@@ -13,7 +13,7 @@ from ..reader import Change, open_directory
 from .app import ACT, command
 from .options import DirOption
 from .render.event import event_parts
-from .render.text import clock, print_line, printable
+from .render.text import clock, complain, print_line, printable
 from .selection import inside
 
 
@@ -57,6 +57,9 @@ def watch(
     try:
         for change in open_directory(directory).events(timeout):
             if slot is not None and change.slot.name != slot:
+                continue
+            if change.problem is not None:
+                complain(change.problem)
                 continue
             finished = not change.alive or inside(change.state, "event", "success") is not None
             if not (finished or all_events or begins or change.initial):

@@ -29,6 +29,7 @@ class Change(NamedTuple):
     state: Optional[dict[str, Any]]  # the state document, the last one known if it was removed
     alive: bool  # whether the process that publishes the slot lives
     initial: bool  # the state when the watching began, not a change
+    problem: Optional[str] = None  # why the slot cannot be read now; the others go on
 
 
 class Directory:
@@ -61,6 +62,7 @@ class Directory:
         Raises HookError.
         """
         known: dict[str, tuple[Optional[dict[str, Any]], bool]] = {}
+        problems: dict[str, str] = {}
         deadline = None if timeout is None else time.monotonic() + timeout
         initial = True
         with DirectoryWatch(self.path) as watch:
@@ -68,8 +70,16 @@ class Directory:
                 for name in sorted(self._names_if_any() | set(known)):
                     slot = self.slot(name)
                     before, lived = known.get(name, (None, False))
-                    alive = slot.owner_alive()  # before the look: the last publication counts
-                    state = slot._state_if_any()
+                    try:
+                        alive = slot.owner_alive()  # before the look: the last publication counts
+                        state = slot._state_if_any()
+                    except HookError as error:
+                        known.setdefault(name, (None, False))
+                        if problems.get(name) != str(error):
+                            problems[name] = str(error)
+                            yield Change(slot, before, lived, initial, str(error))
+                        continue
+                    problems.pop(name, None)
                     known[name] = (state, alive)
                     if state is not None and state != before:
                         yield Change(slot, state, alive, initial)

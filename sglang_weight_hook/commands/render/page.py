@@ -10,10 +10,14 @@ absent field is shown as unknown, and every text travels as JSON data, never as 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import html
 import json
 import os
 import re
+import stat
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -75,9 +79,26 @@ def write_html(
 
     ``documents``: one a slot, shown side by side.  ``before``: earlier documents of the same
     slots; the page then shows which tensors were moved, added and removed.
-    Raises OSError when ``output`` can't be written.
+    Through a temporary name: ``output`` is replaced whole or not at all.  A link, a device or a
+    folder in its place is refused.  Raises OSError when it can't be written.
     """
-    Path(output).write_text(page(documents, before), encoding="utf-8")
+    text = page(documents, before)
+    folder, name = os.path.split(os.path.abspath(output))
+    if os.path.lexists(output) and not stat.S_ISREG(os.lstat(output).st_mode):
+        raise OSError(errno.EEXIST, "a link, a device or a folder is there", os.fspath(output))
+    # Under another name each time, by O_EXCL and O_NOFOLLOW (tempfile), so nothing can be planted.
+    descriptor, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)
+            file.write(text)
+        os.replace(partial, output)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 def page(
