@@ -70,30 +70,37 @@ def thread(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None
         compare(report, "16 requests at once", times)
         with report.check("device memory of each server") as seen:
             seen.update({name: f"{server.device_mib()} MiB" for name, server in servers.items()})
-        with report.check("a look of the thread, on an idle server") as seen:
-            often = servers["every 0.1 s"]
-            seen.update(tensors=len(often.maps.slot("0").read().raw["tensors"]))
-            looks, cpu, seconds = _looks(often, 10.0)
-            assert looks > 20
-            seen.update(looks=looks, milliseconds=round(cpu / looks * 1e3, 2),
-                        share=f"{cpu / seconds:.2%}")  # fmt: skip
-        with report.check("a look of the thread, while requests are served") as seen:
-            busy = clients.submit(lambda: [often.generate(max_new_tokens=TOKENS) for _ in range(4)])
-            looks, cpu, seconds = _looks(often, 5.0)
-            busy.result()
-            seen.update(looks=looks, milliseconds=round(cpu / max(looks, 1) * 1e3, 2),
-                        share=f"{cpu / seconds:.2%}")  # fmt: skip
-        with report.check("the thread's time of each server so far") as seen:
-            for name in ("every 10 s", "every 0.1 s"):
-                cpu, where = _cpu(servers[name])
-                seen[name] = f"{cpu:.3f} s of CPU ({where})"
-                took = [servers[name].check_now()[1] for _ in range(20)]
-                seen[f"{name}, a check on demand"] = f"{sorted(took)[10] * 1e3:.1f} ms"
-        with report.check("nothing unannounced in any server") as seen:
-            for name in ("every 10 s", "every 0.1 s"):
-                kinds = [event["kind"] for event in servers[name].events()]
-                seen[name] = kinds
-                assert "unannounced_change" not in kinds
+        _thread_time(report, servers, clients)
+
+
+def _thread_time(
+    report: Report, servers: Mapping[str, GpuServer], clients: ThreadPoolExecutor
+) -> None:
+    """What the thread itself takes, and that it found nothing that was not announced."""
+    with report.check("a look of the thread, on an idle server") as seen:
+        often = servers["every 0.1 s"]
+        seen.update(tensors=len(often.maps.slot("0").read().raw["tensors"]))
+        looks, cpu, seconds = _looks(often, 10.0)
+        assert looks > 20
+        seen.update(looks=looks, milliseconds=round(cpu / looks * 1e3, 2),
+                    share=f"{cpu / seconds:.2%}")  # fmt: skip
+    with report.check("a look of the thread, while requests are served") as seen:
+        busy = clients.submit(lambda: [often.generate(max_new_tokens=TOKENS) for _ in range(4)])
+        looks, cpu, seconds = _looks(often, 5.0)
+        busy.result()
+        seen.update(looks=looks, milliseconds=round(cpu / max(looks, 1) * 1e3, 2),
+                    share=f"{cpu / seconds:.2%}")  # fmt: skip
+    with report.check("the thread's time of each server so far") as seen:
+        for name in ("every 10 s", "every 0.1 s"):
+            cpu, where = _cpu(servers[name])
+            seen[name] = f"{cpu:.3f} s of CPU ({where})"
+            took = [servers[name].check_now()[1] for _ in range(20)]
+            seen[f"{name}, a check on demand"] = f"{sorted(took)[10] * 1e3:.1f} ms"
+    with report.check("nothing unannounced in any server") as seen:
+        for name in ("every 10 s", "every 0.1 s"):
+            kinds = [event["kind"] for event in servers[name].events()]
+            seen[name] = kinds
+            assert "unannounced_change" not in kinds
 
 
 def _looks(server: GpuServer, seconds: float) -> tuple[int, float, float]:
