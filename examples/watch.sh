@@ -34,7 +34,8 @@ field() { # text, key
 
 look() {
     local text now
-    if text=$(cat "$state" 2>/dev/null); then
+    # What is no file is not waited for, nor read for ever: others may have put it there.
+    if [ -f "$state" ] && text=$(head -c 65536 -- "$state" 2>/dev/null); then
         now="$(field "$text" state) layout=$(field "$text" layout_generation)"
         now+=" content=$(field "$text" content_generation)"
         now+=" physical=$(field "$text" physical_epoch)"
