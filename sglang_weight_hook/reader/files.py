@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -39,13 +40,16 @@ def open_regular(path: str, follow: bool = True) -> Optional[int]:
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
             return descriptor
     except OSError as error:
         os.close(descriptor)
         raise _unreadable(path, error) from error
     os.close(descriptor)
-    raise HookError(f"{path} is not a file but a directory, a pipe or a device; {FOREIGN}")
+    if stat.S_ISDIR(mode):
+        raise _unreadable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    raise HookError(f"{path} is not JSON nor any other file but a pipe or a device; {FOREIGN}")
 
 
 def read_bytes(path: str, limit: int = MAX_DOCUMENT_BYTES) -> Optional[bytes]:
