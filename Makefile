@@ -6,7 +6,7 @@ BIN := $(TOOLS)/bin
 # Tests side by side.  A real server wants a core and 2 GB.
 JOBS ?= 2
 
-.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-gpu stress lint pre-commit bench tools clean
+.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-truth test-gpu stress lint pre-commit bench tools clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -26,10 +26,13 @@ test-stress: tools ## faults, kills and untrusted documents, in the short form
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/stress
 
 test-real: tools ## real SGLang servers on the CPU
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests/real_sglang -m "not matrix"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests/real_sglang -m "not matrix and not truth"
 
 test-matrix: tools ## a real server of every SGLang line (some 25 minutes); writes docs/sglang-support.table.md
 	MATRIX_TABLE=docs/sglang-support.table.md $(BIN)/python -m pytest -q -s tests/real_sglang/test_matrix.py
+
+test-truth: tools ## maps against the bytes themselves, row by row (some 25 minutes); writes docs/truth-matrix.md
+	TRUTH_TABLE=docs/truth-matrix.md $(BIN)/python -m pytest -q -s tests/real_sglang/truth
 
 test-gpu: tools ## on a machine with a CUDA device and SGLang
 	$(BIN)/python -m pytest -q -m gpu tests/gpu

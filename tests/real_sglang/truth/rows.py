@@ -1,0 +1,64 @@
+"""The rows of the truth matrix: which model, laid out how, and what must be covered there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tests.real_sglang.truth.comparison import BY_NAME, CHECKER
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    architecture: str
+    arguments: tuple[str, ...] = ()
+    layout: str = "one rank"
+    tp: int = 1
+    slots: int = 1
+    # Processes that read the same bucket: data-parallel replicas, pipeline stages.
+    replicas: int = 1
+    embedded: bool = False
+    adapter: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
+    # Tensors, over all slots, that each source has to confirm at every moment: what it was when
+    # the row was written.  Fewer means that the proof has become weaker.
+    covered: Mapping[str, int] = field(default_factory=dict)
+    # Further names of published tensors that the map lacks at some look, layers as N.
+    unlisted: tuple[str, ...] = ()
+    # What SGLang says to buckets where it takes none.  The row fails once it takes them.
+    refuses_buckets: str = ""
+    image: bool = False  # requests with one too
+    note: str = ""
+    short: bool = False  # also in `make test`
+
+
+# fmt: off
+ROWS = [
+    Row("llama-tp2", "llama", ("--tp", "2"), "tensor parallel 2", tp=2, slots=2, short=True,
+        covered={CHECKER: 30, BY_NAME: 19},
+        note="`/get_weights_by_name` answers for rank 0, and for both where it gathers"),
+    Row("deepseek_v2", "deepseek_v2", short=True, covered={CHECKER: 24},
+        unlisted=("model.layers.N.self_attn.attn_mha.kv_b_proj.weight",),
+        note="the first prefill gives `kv_b_proj` a second name (models/deepseek_v2.py), which the "
+             "map does not list until the next full capture; the tensor and its address it does"),
+    Row("mixtral", "mixtral", short=True, covered={CHECKER: 17}),
+    Row("llama", "llama", covered={CHECKER: 15, BY_NAME: 15}),
+    Row("qwen2", "qwen2", covered={CHECKER: 17}),
+    Row("qwen3_moe", "qwen3_moe", covered={CHECKER: 21}),
+    Row("gemma2", "gemma2", covered={CHECKER: 28}),
+    Row("qwen2_vl", "qwen2_vl", image=True, covered={CHECKER: 49}),
+    Row("llama-lora", "llama", layout="one rank, a LoRA adapter in use", adapter=True,
+        variables={"TRUTH_UNPINNED": "1"}, covered={CHECKER: 15, BY_NAME: 15},
+        note="SGLang's LoRA layers ask for pinned memory, which a machine without a GPU has not; "
+             "the test gives them ordinary memory (absent_hardware.py)"),
+    Row("llama-dp2", "llama", ("--dp-size", "2"), "data parallel 2", slots=2, replicas=2,
+        covered={CHECKER: 30, BY_NAME: 30},
+        refuses_buckets="data-parallel replicas are not supported for update weights from tensor"),
+    Row("llama-pp2", "llama", ("--pp-size", "2"), "pipeline parallel 2", slots=2, replicas=2,
+        covered={CHECKER: 8, BY_NAME: 7},
+        note="SGLang's routes answer for the first stage only"),
+    Row("llama-embedded", "llama", layout="one rank, embedded sglang.Engine", embedded=True,
+        covered={CHECKER: 15, BY_NAME: 15}),
+]
+# fmt: on

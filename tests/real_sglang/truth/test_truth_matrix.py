@@ -1,0 +1,241 @@
+"""The published map against the bytes themselves and against SGLang's own word for them.
+
+Real servers on the CPU.  Another process, this one, reads what lies at the published addresses
+with process_vm_readv(2) and compares it with what SGLang answers (sglang_answers.py) and, where
+SGLang answers nothing, with a probe inside the server (truth_probe.py): after the load, after
+requests, after every kind of update.  `make test-truth` runs all rows and writes
+docs/truth-matrix.md; `make test` has the short form.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpu_sglang.environment import Environment
+from tests.real_sglang.hooked import ROOT
+from tests.real_sglang.truth.comparison import PROBE, Moment, compare
+from tests.real_sglang.truth.outside_bytes import PublishedMap, settled_maps
+from tests.real_sglang.truth.report import Report
+from tests.real_sglang.truth.rows import ROWS, Row
+from tests.real_sglang.truth.serving import EmbeddedEngine, ServedOverHttp, make_probed_venv
+
+pytestmark = pytest.mark.real_sglang
+
+ADAPTER = "tuned"
+ENGINE_SETTINGS = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "max_total_tokens": 2048,
+}
+
+
+@pytest.fixture(scope="module")
+def probed_python(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_probed_venv(tmp_path_factory.mktemp("probed") / "venv", environment)
+
+
+@pytest.fixture(scope="module")
+def report() -> Iterator[Report]:
+    """Written to where TRUTH_TABLE says, once all rows are through."""
+    report = Report()
+    yield report
+    print("\n" + report.table())
+    path = os.environ.get("TRUTH_TABLE")
+    if path:
+        Path(path).write_text(report.page())
+
+
+def make_adapter(environment: Environment, model: Path, path: Path) -> Path:
+    command = [str(environment.python), "-m", "cpu_sglang.tiny_adapter"]
+    command += [str(path), "--model", str(model)]
+    subprocess.run(command, cwd=ROOT, env=environment.env(), check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+class Life:
+    """One row's server and what was seen of it, moment after moment."""
+
+    def __init__(self, row: Row, running: Any) -> None:
+        self.row = row
+        self.running = running
+        self.moments: dict[str, Moment] = {}
+        self.maps: list[PublishedMap] = []
+
+    def look(self, when: str) -> Moment:
+        """Compare all there is; nothing may be untrue, and nothing may go unproved."""
+        self.maps = settled_maps(self.running.map_directory, self.row.slots)
+        moment = compare(self.maps, self.running, self.running.probe)
+        self.moments[when] = moment
+        assert not moment.untrue, f"{when}: " + "\n".join(moment.untrue[:20])
+        assert not moment.unconfirmed, f"{when}: " + "\n".join(moment.unconfirmed[:20])
+        assert moment.unlisted <= set(self.row.unlisted), (when, moment.unlisted)
+        # The probe has seen every one of them at its place; the others are held to a number.
+        assert moment.confirmed[PROBE] == moment.tensors, (when, moment.confirmed)
+        for source, number in self.row.covered.items():
+            assert moment.confirmed[source] >= number, (when, source, moment.confirmed)
+        return moment
+
+    def ask(self) -> Any:
+        if self.row.adapter:
+            # A base request and one with the adapter: both are in the pool, and both in use.
+            assert self.running.ask_adapter(ADAPTER) != self.running.generate([75, 104, 111])
+        if self.row.image:
+            self.running.ask_about_image()
+        return self.running.generate()
+
+
+def start(
+    row: Row, environment: Environment, python: Path, model: Path, folder: Path
+) -> AbstractContextManager[Any]:
+    if row.embedded:
+        return EmbeddedEngine(environment, python, model, folder, ENGINE_SETTINGS)
+    arguments = list(row.arguments)
+    if row.adapter:
+        adapter = make_adapter(environment, model, folder / "adapter")
+        arguments += ["--lora-paths", f"{ADAPTER}={adapter}", "--max-loras-per-batch", "2"]
+        arguments += ["--lora-backend", "torch_native"]
+    return ServedOverHttp(
+        environment,
+        python,
+        model,
+        folder,
+        arguments,
+        row.variables,
+        tp=row.tp,
+        replicas=row.replicas,
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=[] if row.short else [pytest.mark.truth])
+        for row in ROWS
+    ],
+)
+def test_what_lies_at_the_published_addresses_is_what_sglang_says(
+    row: Row,
+    environment: Environment,
+    probed_python: Path,
+    checkpoint: Callable[..., Path],
+    report: Report,
+    tmp_path: Path,
+) -> None:
+    a, b, c = (checkpoint(seed, "--architecture", row.architecture) for seed in (1, 2, 3))
+    with start(row, environment, probed_python, a, tmp_path) as running:
+        life = Life(row, running)
+        try:
+            live_through(life, a, b, c)
+        except BaseException as error:
+            report.add(row, life.moments, life.maps, str(error))
+            raise
+        report.add(row, life.moments, life.maps)
+
+
+def live_through(life: Life, a: Path, b: Path, c: Path) -> None:
+    running = life.running
+    loaded = life.look("load")
+    assert loaded.by_sglang > 0
+
+    says_a = life.ask()
+    assert life.look("requests").parameters() == loaded.parameters()
+
+    assert running.update_from_disk(b)["success"]
+    from_disk = life.look("update from disk")
+    assert unchanged(loaded, from_disk) == []
+    assert life.ask() != says_a
+    assert life.look("requests after it").parameters() == from_disk.parameters()
+
+    back = no_buckets(life, a) if life.row.refuses_buckets else two_sessions(life, a, c)
+    assert life.ask() == says_a
+    life.look("requests at the end")
+    # The first checkpoint is back, whatever way it took: so is every byte that comes of it.
+    assert differing(loaded, back) == []
+    for lie, maps in untrue_maps(life.maps):
+        found = compare(maps, running, running.probe)
+        assert found.untrue, f"{lie}: nothing was noticed"
+    # What the row excuses is still so; otherwise the excuse has to go.
+    assert set().union(*(seen.unlisted for seen in life.moments.values())) == set(life.row.unlisted)
+
+
+def two_sessions(life: Life, a: Path, c: Path) -> Moment:
+    """SGLang 0.5.23 takes buckets in a session only: begin, three of them, end."""
+    before = list(life.moments.values())[-1]
+    assert refusals(life.running.send_buckets(c, flattened=False)) == []
+    tensors = life.look("session of tensors")
+    assert unchanged(before, tensors) == []
+
+    assert refusals(life.running.send_buckets(a, flattened=True)) == []
+    flattened = life.look("session of flattened buckets")
+    assert unchanged(tensors, flattened) == []
+    return flattened
+
+
+def no_buckets(life: Life, a: Path) -> Moment:
+    """The same where SGLang refuses each bucket, and says why in its log alone."""
+    before = list(life.moments.values())[-1]
+    assert len(refusals(life.running.send_buckets(a, flattened=False))) == 3
+    assert f"AssertionError: {life.row.refuses_buckets}\n" in life.running.log_tail(10_000)
+    assert life.look("session of refused buckets").parameters() == before.parameters()
+
+    assert life.running.update_from_disk(a)["success"]
+    back = life.look("update from disk again")
+    assert unchanged(before, back) == []
+    return back
+
+
+def untrue_maps(maps: list[PublishedMap]) -> Iterator[tuple[str, list[PublishedMap]]]:
+    """The same maps with one thing in them that is not so: the comparison must see each."""
+
+    def altered(alter: Callable[[dict[str, Any], str, str], Any]) -> list[PublishedMap]:
+        changed = copy.deepcopy(maps)
+        tensors = changed[-1].tensors
+        one, other = next(
+            (one, other)
+            for one, other in itertools.combinations(tensors, 2)
+            if tensors[one]["kind"] == tensors[other]["kind"] == "parameter"
+            and tensors[one]["shape"] == tensors[other]["shape"]
+        )
+        alter(tensors, one, other)
+        return changed
+
+    def swap(tensors: dict[str, Any], one: str, other: str) -> None:
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    yield "two tensors of one shape swapped", altered(swap)
+    yield "a tensor left out", altered(lambda tensors, one, _: tensors.pop(one))
+    yield (
+        "one element further",
+        altered(lambda tensors, one, _: tensors[one].update(ptr=tensors[one]["ptr"] + 2)),
+    )
+
+
+def refusals(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [answer for answer in answers if not answer["success"]]
+
+
+def unchanged(before: Moment, after: Moment) -> list[Any]:
+    """Parameters that a new checkpoint has left as they were; every one of ours is random."""
+    old = before.parameters()
+    return [key for key, values in after.parameters().items() if old.get(key) == values]
+
+
+def differing(one: Moment, other: Moment) -> list[Any]:
+    return [
+        (slot, name)
+        for slot, named in one.values.items()
+        for name, values in named.items()
+        if one.kinds[slot][name] != "lora" and other.values[slot].get(name) != values
+    ]
