@@ -35,8 +35,10 @@ class EventLog:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(self.path, flags | os.O_CLOEXEC, 0o644)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "the event log is not a regular file", self.path)
+            status = os.fstat(descriptor)
+            # A second name is somebody else's file, planted here to be written to.
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise OSError(errno.EINVAL, "the event log is not a file of its own", self.path)
             os.write(descriptor, encode(line, indent=False) + b"\n")
         finally:
             os.close(descriptor)

@@ -85,7 +85,6 @@ def test_nothing_planted_is_written_through(
     assert simulated_server.is_true(server)
 
 
-@pytest.mark.xfail(strict=True, reason="the event log appends to a file of several names")
 def test_an_event_log_that_is_a_hard_link_is_not_appended_to(maps: Path, victim: Path) -> None:
     """Of the files that are not replaced but written to, the one that grows."""
     maps.mkdir()
