@@ -25,12 +25,12 @@ def file_name(name: str) -> str:
     raise HookError(f"{name!r} is no name that a file can have; give that of a slot or directory")
 
 
-def open_regular(path: str, follow: bool = True) -> Optional[int]:
+def open_regular(path: str, follow: bool = True, limit: Optional[int] = None) -> Optional[int]:
     """A descriptor for reading; None where there is no file.  Raises HookError.
 
     The one way in which anything in an output directory is opened.  It waits for nobody: a pipe
     is opened without its writer, and what is no regular file is refused.  ``follow``: also
-    through a symbolic link.
+    through a symbolic link.  ``limit``: in bytes; what is larger is refused.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
@@ -40,29 +40,28 @@ def open_regular(path: str, follow: bool = True) -> Optional[int]:
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISREG(mode):
-            return descriptor
+        status = os.fstat(descriptor)
     except OSError as error:
         os.close(descriptor)
         raise _unreadable(path, error) from error
+    if stat.S_ISREG(status.st_mode) and (limit is None or status.st_size <= limit):
+        return descriptor
     os.close(descriptor)
-    if stat.S_ISDIR(mode):
+    if stat.S_ISREG(status.st_mode):
+        raise HookError(f"{path} has {status.st_size} bytes, {limit} at most; {FOREIGN}")
+    if stat.S_ISDIR(status.st_mode):
         raise _unreadable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     raise HookError(f"{path} is not JSON nor any other file but a pipe or a device; {FOREIGN}")
 
 
 def read_bytes(path: str, limit: int = MAX_DOCUMENT_BYTES) -> Optional[bytes]:
     """A whole file of up to ``limit`` bytes; None where there is none.  Raises HookError."""
-    descriptor = open_regular(path)
+    descriptor = open_regular(path, limit=limit)
     if descriptor is None:
         return None
     with os.fdopen(descriptor, "rb") as file:
         try:
-            size = os.fstat(descriptor).st_size
-            if size > limit:
-                raise HookError(f"{path} has {size} bytes, {limit} at most; {FOREIGN}")
-            return file.read(size)
+            return file.read(min(os.fstat(descriptor).st_size, limit))
         except OSError as error:
             raise _unreadable(path, error) from error
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Optional
 
 from ..layout import files
 from .errors import HookError
-from .files import open_regular
+from .files import MAX_DOCUMENT_BYTES, open_regular
 
 # An event's line has some 800 bytes; of a longer one no more than this is ever in memory.
 MAX_LINE = 64 * 1024
@@ -83,7 +83,7 @@ class History:
 
 def _open(path: str) -> Optional[BinaryIO]:
     """The file, or None where there is none.  Raises HookError."""
-    descriptor = open_regular(path, follow=False)
+    descriptor = open_regular(path, follow=False, limit=MAX_DOCUMENT_BYTES)
     return None if descriptor is None else os.fdopen(descriptor, "rb")
 
 
