@@ -17,7 +17,8 @@ Needs neither pip nor a network, and edits nothing of SGLang.
   --python PYTHON  the interpreter to install into (default: python3 on PATH)
   --check          report whether the hook is installed, intact and live; change nothing
   --dry-run        list what would be written and removed; change nothing
-  --force          install even into an externally managed Python (PEP 668)
+  --force          install even into an externally managed Python (PEP 668), over files that
+                   belong to others, or behind another copy in the user site
   -h, --help       show this
 
 Exit status: 0 done, or --check found no fault; 1 refused, or --check found a fault, with

@@ -38,6 +38,17 @@ ROOT_FILES = (CORE, LOADER, START, PTH)
 #: Kept in the dist-info directory: the state before the installation.
 STATE = "install_state.json"
 
+#: What this installer, and others, put directly into a dist-info directory.  Of one of ours they
+#: are ours, listed in its RECORD or not: that may be what was lost.
+METADATA_FILES = (
+    "METADATA", "RECORD", "INSTALLER", "WHEEL", "REQUESTED", "LICENSE", "entry_points.txt",
+    "direct_url.json", "top_level.txt", "uv_cache.json", "uv_build.json", STATE,
+)  # fmt: skip
+
+#: What has to be importable in a server for its weights to be published and read, beside the
+#: loader and the core; in the order in which the installation is tried.
+LIBRARY = (PACKAGE, f"{PACKAGE}.publisher.recorder", f"{PACKAGE}.reader")
+
 DIST_INFO = re.compile(r"sglang[-_.]weight[-_.]hook-([^-/]+)\.dist-info", re.IGNORECASE)
 
 _METADATA = """\
@@ -68,9 +79,43 @@ class File:
     mtime: int
 
 
+#: PEP 440, with the spellings that it allows for a version that is not normalised yet.
+_VERSION = re.compile(
+    r"""v?(?:(?P<epoch>\d+)!)?(?P<release>\d+(?:\.\d+)*)
+    (?:[-_.]?(?P<pre>alpha|a|beta|b|preview|pre|c|rc)[-_.]?(?P<pre_number>\d*))?
+    (?P<post>-(?P<post_implied>\d+)|[-_.]?(?:post|rev|r)[-_.]?(?P<post_number>\d*))?
+    (?P<dev>[-_.]?dev[-_.]?(?P<dev_number>\d*))?
+    (?:\+(?P<local>[a-z0-9]+(?:[-_.][a-z0-9]+)*))?""",
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
+)
+_PRE = {"alpha": "a", "beta": "b", "c": "rc", "pre": "rc", "preview": "rc"}
+
+
 def version(root: str) -> str:
-    """The version of this checkout, read without importing it."""
-    return _assigned(os.path.join(root, PACKAGE, "__init__.py"), "__version__")
+    """The version of this checkout, read without importing it, in its normalised form.
+
+    That is what a wheel of this checkout says too, and what the name of a dist-info directory
+    can hold: in ``0.2.0-rc1`` the hyphen would end the name.
+    """
+    path = os.path.join(root, PACKAGE, "__init__.py")
+    written = _assigned(path, "__version__")
+    found = _VERSION.fullmatch(written)
+    if found is None:
+        raise Refusal(f"{path} has the version {written!r}, which is none by PEP 440.")
+    part = found.groupdict()
+    release = ".".join(str(int(number)) for number in part["release"].split("."))
+    text = f"{int(part['epoch'])}!{release}" if int(part["epoch"] or 0) else release
+    if part["pre"]:
+        pre = part["pre"].lower()
+        text += f"{_PRE.get(pre, pre)}{int(part['pre_number'] or 0)}"
+    if part["post"]:
+        text += f".post{int(part['post_implied'] or part['post_number'] or 0)}"
+    if part["dev"]:
+        text += f".dev{int(part['dev_number'] or 0)}"
+    if part["local"]:
+        words = re.split(r"[-_.]", part["local"].lower())
+        text += "+" + ".".join(str(int(word)) if word.isdigit() else word for word in words)
+    return text
 
 
 def _summary(root: str) -> str:
@@ -103,12 +148,17 @@ def sources(root: str) -> list[str]:
     return [*found, *ROOT_FILES]
 
 
-def build(root: str, purelib: str, pycache_existed: bool) -> list[File]:
-    """Every file of an installation, in the order of `rank`."""
+def source(root: str, path: str) -> bytes:
+    """The bytes of one of `sources`."""
+    return _read(os.path.join(root, *path.split("/")))
+
+
+def build(root: str, purelib: str, state: dict[str, object]) -> list[File]:
+    """Every file of an installation, in the order of `rank`; ``state`` goes into `STATE`."""
     now = int(time.time())
     files = []
     for path in sources(root):
-        data = _read(os.path.join(root, *path.split("/")))
+        data = source(root, path)
         files.append(File(path, data, now))
         if path.endswith(".py"):
             files.append(_compiled(path, data, now, purelib))
@@ -121,7 +171,7 @@ def build(root: str, purelib: str, pycache_existed: bool) -> list[File]:
         ("entry_points.txt", _ENTRY_POINTS.encode()),
         ("LICENSE", _read(os.path.join(root, "LICENSE"))),
         ("INSTALLER", f"{INSTALLER}\n".encode()),
-        (STATE, json.dumps({"pycache_existed": pycache_existed}).encode() + b"\n"),
+        (STATE, json.dumps(state).encode() + b"\n"),
     ):
         files.append(File(f"{place}/{name}", data, now))
     record = f"{place}/RECORD"
@@ -158,6 +208,16 @@ def removal_rank(path: str) -> tuple[int, int, str]:
     return (10 if step == 4 else -step, last, name)
 
 
+def modules(paths: Iterable[str]) -> list[str]:
+    """Those of `LIBRARY` that an installation of these files has: an old one may lack some."""
+    present = set(paths)
+    return [
+        name
+        for name in LIBRARY
+        if present & {f"{name.replace('.', '/')}{end}" for end in (".py", "/__init__.py")}
+    ]
+
+
 def directories(paths: Iterable[str]) -> set[str]:
     """Every directory on the way from purelib to one of the paths."""
     found = set()
@@ -189,6 +249,25 @@ def compiled_name(source: str) -> re.Pattern[str]:
     """
     stem = re.escape(posixpath.basename(source)[: -len(".py")])
     return re.compile(rf"{stem}\.[A-Za-z0-9_-]+(\.opt-[A-Za-z0-9]+)?\.pyc(\.\d+)?")
+
+
+def compiled_source(path: str) -> str:
+    """The source of a file in ``__pycache__``, whichever Python made it."""
+    directory, _, name = path.rpartition("/")
+    return posixpath.join(posixpath.dirname(directory), f"{name.partition('.')[0]}.py")
+
+
+def compiled_level(path: str) -> tuple[str, int] | None:
+    """The source of a file in ``__pycache__`` and the level it was optimised at.
+
+    Nothing where the running interpreter would not look for it.
+    """
+    name = posixpath.basename(path)
+    tag = re.escape(str(sys.implementation.cache_tag))
+    found = re.fullmatch(rf"[^.]+\.{tag}(?:\.opt-([12]))?\.pyc", name)
+    if found is None:
+        return None
+    return compiled_source(path), int(found.group(1) or 0)
 
 
 def _compiled(path: str, data: bytes, mtime: int, purelib: str) -> File:

@@ -1,27 +1,36 @@
 """How one file gets into purelib and out of it.
 
-Atomically: under a temporary name in the same directory, then by rename.  A file
-that is there is never opened for writing, because uv hard-links installed files to its cache
+Atomically: under a temporary name in the same directory, flushed to disk, then by rename.  A
+file that is there is never opened for writing, because uv hard-links installed files to its cache
 and other environments would change with it; a symbolic link is replaced, never followed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from . import Refusal
-from .contents import LOADER
 
 #: What an interrupted run may leave; the end is not .pth, so that no interpreter reads it.
 TEMPORARY = re.compile(r"\.sglang-weight-hook-\d+-\d+\.tmp")
+
+#: Exists while an installation or removal runs, or after one was killed.
+LOCK = ".sglang-weight-hook.lock"
+
+#: Seconds that one installation or removal waits for another.
+LOCK_TIMEOUT = 60.0
+
+#: No file of an installation, and no RECORD, comes near this; a larger one is not read.
+LARGEST = 64 * 1024 * 1024
 
 _counter = itertools.count()
 
@@ -62,6 +71,12 @@ class Disk:
         except OSError:
             return False
 
+    def is_directory(self, path: str) -> bool:
+        try:
+            return stat.S_ISDIR(os.lstat(self.absolute(path)).st_mode)
+        except OSError:
+            return False
+
     def names(self, directory: str) -> list[str]:
         """What is in a directory; nothing where there is none, or only a link to one."""
         place = self.absolute(directory) if directory else self.purelib
@@ -75,12 +90,17 @@ class Disk:
     def read(self, path: str) -> bytes | None:
         """The bytes of a plain file; ``None`` for anything else, and where there is nothing."""
         try:
-            descriptor = os.open(self.absolute(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # O_NONBLOCK: a FIFO without a writer would be waited for.
+            descriptor = os.open(
+                self.absolute(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
         except OSError:
             return None
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+            os.close(descriptor)
+            return None
         with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None
             return stream.read()
 
     def write(
@@ -103,16 +123,31 @@ class Disk:
                 stream.flush()
                 if mtime_ns is not None:
                     os.utime(descriptor, ns=(mtime_ns, mtime_ns))
-                # After a power cut an empty loader beside an intact .pth would make every
-                # interpreter complain.  Any other file that is found empty then is silent
-                # (and --check tells), and waiting for a busy disk some 40 times is not worth it.
-                if path == LOADER:
-                    os.fsync(descriptor)
+                # A name never stands for a file that a power cut could leave empty or short:
+                # a loader like that, beside its .pth, makes every interpreter complain.
+                os.fsync(descriptor)
             os.replace(temporary, final)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+    def flush(self, directories: Iterable[str]) -> None:
+        """Make the names in these directories ("" is purelib) outlive a power cut."""
+        for directory in directories:
+            place = self.absolute(directory) if directory else self.purelib
+            try:
+                descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                # Some network file systems have no such thing for directories.
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                    raise
+            finally:
+                os.close(descriptor)
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -147,35 +182,85 @@ class Disk:
         os.replace(temporary, self.absolute(path))
 
     @contextlib.contextmanager
-    def locked(self, shared: bool = False) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """One installation or removal at a time; waits up to a minute for another one.
 
-        The lock is on the directory itself, so that there is no lock file to leave behind,
-        and the kernel lets go of it however the process ends.  Where the file system has no
-        such locks (some network ones) the work goes on without.
+        The lock is on a file that only those can open who may write to purelib: a lock on the
+        directory itself could be held by anybody who can read it, for ever.  The file is
+        removed at the end; after a kill the kernel has let go of it, and the next run takes it.
+        Where the file system has no such locks (some network ones) the work goes on without.
         """
-        descriptor = os.open(self.purelib, os.O_RDONLY | os.O_CLOEXEC)
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while (descriptor := self._try_to_lock()) is None:
+            if time.monotonic() > deadline:
+                raise Refusal(
+                    f"another installation or removal has held {self.absolute(LOCK)} for "
+                    f"{LOCK_TIMEOUT:.0f} seconds; run this again when it has ended."
+                )
+            time.sleep(0.05)
         try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    fcntl.flock(
-                        descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
-                    )
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise Refusal(
-                            f"another installation or removal has held {self.purelib} for a "
-                            "minute; run this again when it has ended."
-                        ) from None
-                    time.sleep(0.05)
-                except OSError:
-                    break
-                else:
-                    break
             yield
         finally:
+            # Removed while it is held.  Whoever waits finds that its file is no longer there.
+            with contextlib.suppress(OSError):
+                os.unlink(self.absolute(LOCK))
             os.close(descriptor)
+
+    def wait_for_others(self) -> None:
+        """Wait until no installation or removal runs, as far as this user can see."""
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                descriptor = os.open(
+                    self.absolute(LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                )
+            except OSError:
+                return
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                return
+            else:
+                return
+            finally:
+                os.close(descriptor)
+
+    def _try_to_lock(self) -> int | None:
+        """The descriptor of the locked file, or ``None`` while somebody else has it."""
+        place = self.absolute(LOCK)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = os.open(place, flags, 0o600)
+        except OSError as error:
+            if os.path.lexists(place) and not self.is_plain(LOCK):
+                raise Refusal(f"{place} is not a file; remove it first.") from None
+            if error.errno == errno.EACCES and os.path.lexists(place):
+                raise Refusal(
+                    f"{place} is another user's: an installation of theirs runs or was killed; "
+                    "remove that file if none runs."
+                ) from None
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise Refusal(f"{place} is not a file; remove it first.")
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except OSError:
+                return descriptor
+            # The one that held it before may have removed it since it was opened here.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(place)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return None
 
     def _make_directories(self, place: str) -> None:
         if os.path.isdir(place):

@@ -6,7 +6,6 @@ Nothing here changes anything.
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.machinery
 import importlib.metadata
 import json
@@ -16,8 +15,8 @@ import sys
 import sysconfig
 from dataclasses import dataclass, field
 
-from . import Refusal, contents
-from .disk import TEMPORARY, Disk
+from . import Refusal, contents, ownership
+from .disk import LOCK, TEMPORARY, Disk
 
 #: Written before an installation changes anything, removed after it is verified.
 JOURNAL = ".sglang-weight-hook-journal.json"
@@ -75,67 +74,116 @@ class Present:
     temporaries: list[str] = field(default_factory=list)
     #: An installation was interrupted.
     unfinished: bool = False
+    #: An installation or removal runs, or was killed before it changed anything.
+    locked: bool = False
     #: Whether purelib had a __pycache__ before the hook came.
     pycache_existed: bool = True
+    #: Directories at our names that were there before the hook came.
+    directories_existed: list[str] = field(default_factory=list)
+    #: Files at our names that another distribution's RECORD lists, with its name and version;
+    #: of these, the ones that a record of ours lists too.
+    owned: dict[str, str] = field(default_factory=dict)
+    contested: set[str] = field(default_factory=set)
+    #: Files at our names that no record of ours lists and that are not this release's.
+    unknown: set[str] = field(default_factory=set)
 
     @property
     def anything(self) -> bool:
-        return bool(self.files or self.dist_infos or self.temporaries or self.unfinished)
+        return bool(
+            self.files or self.contested or self.dist_infos or self.temporaries or self.unfinished
+        )
+
+    @property
+    def state(self) -> dict[str, object]:
+        """What has to be remembered of the time before the hook came."""
+        return {
+            "pycache_existed": self.pycache_existed,
+            "directories_existed": self.directories_existed,
+        }
+
+    def take_over(self) -> None:
+        """Count what belongs to others, or to nobody known, as ours (``--force``)."""
+        self.files |= {*self.owned, *self.unknown}
+        self.owned, self.unknown = {}, set()
 
 
 def survey(disk: Disk, root: str) -> Present:
-    present = Present()
-    remembered: list[bool] = []
-    claimed = set(contents.ROOT_FILES)
-    # Files of this very release are ours with or without a record: the record may be what an
-    # interrupted run, or a manual rm, took first.
-    claimed.update(contents.sources(root))
+    present = Present(locked=disk.exists(LOCK))
+    memories: list[dict[str, object]] = []
+    recorded: set[str] = set()
 
     if disk.exists(JOURNAL):
         present.unfinished = True
         journal = _json(disk.read(JOURNAL))
-        claimed.update(path for path in _strings(journal.get("files")) if contents.is_ours(path))
-        remembered += _memory(journal)
+        recorded.update(path for path in _strings(journal.get("files")) if contents.is_ours(path))
+        memories.append(journal)
 
     for name in disk.names(""):
         found = contents.DIST_INFO.fullmatch(name)
-        if found is None:
+        if found is None or not disk.is_directory(name):
             continue
         present.dist_infos.append(name)
         present.versions.append(found.group(1))
-        installer = (disk.read(f"{name}/INSTALLER") or b"").decode(errors="replace").strip()
+        installer = _one_line(disk.read(f"{name}/INSTALLER"))
         if installer and installer != contents.INSTALLER:
             present.foreign = (installer, found.group(1))
-        remembered += _memory(_json(disk.read(f"{name}/{contents.STATE}")))
-        claimed.update(path for path, _ in record(disk, name) if contents.is_ours(path))
-        # Everything directly in it is ours too, listed or not: the directory bears our name.
-        claimed.update(
-            path
-            for path in (f"{name}/{entry}" for entry in disk.names(name))
-            if not os.path.isdir(disk.absolute(path))
-        )
+        memories.append(_json(disk.read(f"{name}/{contents.STATE}")))
+        recorded.update(path for path, _ in record(disk, name) if contents.is_ours(path))
+        recorded.update(f"{name}/{entry}" for entry in contents.METADATA_FILES)
 
-    compiled = {path for source in claimed for path in _compiled_from(disk, source)}
+    owned = ownership.owned(disk)
+    present.contested = recorded & owned.keys()
+    sources = set(contents.sources(root))
+    claimed = (recorded | _unrecorded(disk, sources, root, recorded)) - owned.keys()
+    unknown = {path for path in sources - claimed if disk.exists(path)}
+    present.owned, present.unknown = owned, unknown - owned.keys()
+    # Compiled files go with their source.  Those that have none any more are what a removal by
+    # another tool leaves, and no interpreter looks at them.
+    compiled = _all_compiled_from(disk, claimed | sources)
+    compiled -= _all_compiled_from(disk, unknown | owned.keys()) | owned.keys()
     claimed |= compiled
     present.files = {path for path in claimed if disk.exists(path)}
-    present.pycache_existed = remembered[0] if remembered else _pycache_is_others(disk, compiled)
+
+    remembered = _memory(memories)
+    if remembered is None:
+        present.pycache_existed = _pycache_is_others(disk, compiled)
+        places = contents.directories(sources) - contents.directories(present.files)
+        present.directories_existed = sorted(place for place in places if disk.exists(place))
+    else:
+        present.pycache_existed, present.directories_existed = remembered
 
     # The one __pycache__ that may belong to others is left to `pycache_existed`.
     directories = contents.directories(claimed) - {"__pycache__"}
+    directories -= set(present.directories_existed)
     present.directories = sorted(directories, key=lambda path: (-path.count("/"), path))
     present.temporaries = [
         posixpath.join(directory, name)
-        for directory in ("", "__pycache__", *present.directories)
+        for directory in sorted({"", "__pycache__", *contents.directories(claimed | sources)})
         for name in disk.names(directory)
-        if TEMPORARY.fullmatch(name)
+        if TEMPORARY.fullmatch(name) and disk.is_plain(posixpath.join(directory, name))
     ]
     return present
 
 
+def _unrecorded(disk: Disk, sources: set[str], root: str, recorded: set[str]) -> set[str]:
+    """Files at our names that are ours without a record: an interrupted run, or a manual rm,
+    may have taken it first, and the prototype never had one.
+
+    They are known by what they hold, or by the start-up line in front of them, which names
+    the loader: no other program has a use for that line under that name.
+    """
+    if (disk.read(contents.PTH) or b"").startswith(b"import sglang_patch_loader"):
+        return {path for path in sources if disk.exists(path)}
+    return {
+        path
+        for path in sources - recorded
+        if disk.read(path) == contents.source(root, path) and disk.exists(path)
+    }
+
+
 def record(disk: Disk, dist_info: str) -> list[tuple[str, str]]:
     """Paths and hashes (empty where there is none) of a RECORD; nothing where it is missing."""
-    text = (disk.read(f"{dist_info}/RECORD") or b"").decode(errors="replace")
-    return [(row[0], row[1]) for row in csv.reader(text.splitlines()) if len(row) >= 2]
+    return ownership.rows(disk.read(f"{dist_info}/RECORD") or b"")
 
 
 def refuse_odd_places(disk: Disk, paths: set[str]) -> None:
@@ -150,7 +198,7 @@ def refuse_odd_places(disk: Disk, paths: set[str]) -> None:
             raise Refusal(f"{place} is a symbolic link; remove it first.")
         if os.path.lexists(place) and not os.path.isdir(place):
             raise Refusal(f"{place} is not a directory; remove it first.")
-    for path in sorted(paths):
+    for path in sorted({*paths, JOURNAL}):
         place = disk.absolute(path)
         if os.path.lexists(place) and not (os.path.islink(place) or os.path.isfile(place)):
             raise Refusal(f"{place} is not a file; remove it first.")
@@ -164,6 +212,10 @@ def _compiled_from(disk: Disk, source: str) -> list[str]:
     return [
         posixpath.join(directory, entry) for entry in disk.names(directory) if name.fullmatch(entry)
     ]
+
+
+def _all_compiled_from(disk: Disk, sources: set[str]) -> set[str]:
+    return {path for source in sources for path in _compiled_from(disk, source)}
 
 
 def _pycache_is_others(disk: Disk, ours: set[str]) -> bool:
@@ -185,9 +237,19 @@ def _json(data: bytes | None) -> dict[str, object]:
     return {}
 
 
-def _memory(state: dict[str, object]) -> list[bool]:
-    existed = state.get("pycache_existed")
-    return [existed] if isinstance(existed, bool) else []
+def _memory(states: list[dict[str, object]]) -> tuple[bool, list[str]] | None:
+    """What the first of these states that knows it tells of the time before the hook."""
+    for state in states:
+        existed = state.get("pycache_existed")
+        if isinstance(existed, bool):
+            return existed, _strings(state.get("directories_existed"))
+    return None
+
+
+def _one_line(data: bytes | None) -> str:
+    """What another tool wrote about itself, fit for a sentence."""
+    lines = (data or b"")[:200].decode(errors="replace").split("\n")
+    return "".join(letter for letter in lines[0] if letter.isprintable()).strip()
 
 
 def _strings(value: object) -> list[str]:

@@ -6,6 +6,7 @@ activate the very hook that is being looked for.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.machinery
 import importlib.metadata
@@ -13,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -211,6 +213,7 @@ def _active(data: dict[str, Any]) -> Iterator[Fact]:
         for name in data["hook"]["finders_in_front"]:
             text = f"{name} precedes the hook; SGLang modules that it finds itself are not hooked"
             yield Fact("Active", NOTE, f"{text} (SGLang 0.5.11 and later hooks them as a plugin)")
+        yield from _other_copies(data)
     elif os.environ.get(OFF_SWITCH) == "0":
         yield Fact("Active", BAD, f"no: {OFF_SWITCH}=0 switches it off; unset that")
     elif module is not None:
@@ -221,6 +224,64 @@ def _active(data: dict[str, Any]) -> Iterator[Fact]:
         )
     else:
         yield Fact("Active", BAD, "no: not installed, or Python runs with -S")
+
+
+def _other_copies(data: dict[str, Any]) -> Iterator[Fact]:
+    """Another loader than the one that belongs to this library, here or in a usual start."""
+    loader, library = data["hook"]["loader"], data["hook"]["library"]
+    editable = any(found["editable"] for found in data["hook"]["installed"])
+    # An editable installation has its library in the checkout and its loader beside the .pth.
+    if loader and not editable and not _same(os.path.dirname(loader), library):
+        yield Fact(
+            "Active",
+            BAD,
+            f"another copy is active, {loader}, while this library is in {library}; "
+            "remove the one of the two that is not wanted",
+        )
+    flags = sys.flags
+    if not (flags.isolated or flags.no_user_site or flags.ignore_environment):
+        return
+    usual = _loader_of_a_usual_start()
+    data["hook"]["usual_loader"] = usual
+    if usual and loader and not _same(usual, loader):
+        yield Fact(
+            "Active",
+            BAD,
+            f"Python started without -I, -E and -s loads another copy, {usual}; remove that copy",
+        )
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _loader_of_a_usual_start() -> Optional[str]:
+    """The loader that this user's programs start with: this process may pass over the user site.
+
+    Without the variables of this shell, but for those that say where the user site is.
+    """
+    kept = ("PYTHONUSERBASE", "PYTHONNOUSERSITE")
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("PYTHON") or key in kept
+    }
+    look = f"import sys; print(ascii(sys.modules[{LOADER!r}].__file__))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", look],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=environment,
+            timeout=120,
+            check=True,
+        )
+        # Other .pth files may have printed before.
+        return str(ast.literal_eval(done.stdout.decode().splitlines()[-1]))
+    except (OSError, ValueError, IndexError, SyntaxError, subprocess.SubprocessError):
+        return None
 
 
 # --- SGLang ---------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUPPORTED = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
+# With a t: free-threaded.
+SUPPORTED = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.13t", "3.14", "3.14t", "3.15")
 
 INSTALL = "install_sglang_hook_patch.sh"
 UNINSTALL = "uninstall_sglang_hook_patch.sh"
@@ -102,10 +103,17 @@ class Target:
         done = self.script(UNINSTALL, root=root)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
 
-    def refused(self, name: str, *arguments: str, root: Path = ROOT, status: int = 1) -> str:
+    def refused(
+        self,
+        name: str,
+        *arguments: str,
+        root: Path = ROOT,
+        status: int = 1,
+        environment: dict[str, str] | None = None,
+    ) -> str:
         """Run a script that must refuse in one sentence and change nothing; the sentence."""
         before = tree(self.purelib, times=True)
-        done = self.script(name, *arguments, root=root)
+        done = self.script(name, *arguments, root=root, environment=environment)
         assert done.returncode == status, done.stdout + done.stderr
         assert done.stderr.startswith(f"{name}: ")
         assert done.stderr.count("\n") == 1
@@ -128,8 +136,14 @@ def without_times(found: Tree) -> Tree:
 def interpreter(version: str) -> Path | None:
     """A CPython of this version: from pyenv, or else from PATH."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    candidates = sorted(versions.glob(f"{version}.*/bin/python"))
-    if sys.version_info[:2] == tuple(int(part) for part in version.split(".")):
+    plain = version.rstrip("t")
+    ending = version[len(plain) :]
+    candidates = [
+        python
+        for python in sorted(versions.glob(f"{plain}.*/bin/python"))
+        if python.parents[1].name.endswith("t") == bool(ending)
+    ]
+    if f"{sys.version_info[0]}.{sys.version_info[1]}{getattr(sys, 'abiflags', '')}" == version:
         candidates.append(Path(sys.executable))
     on_path = shutil.which(f"python{version}")
     if on_path:
@@ -156,6 +170,36 @@ def make_target(place: Path, version: str) -> Target:
         env=ENVIRONMENT,
     )
     return Target(python, Path(asked.stdout.strip()), version)
+
+
+def hand_made(place: Path, version: str) -> Target:
+    """A Python of its own prefix, laid out as conda lays it out, with nothing in site-packages.
+
+    The interpreter is a copy; the standard library is links to the one that it comes from.
+    """
+    base = interpreter(version)
+    if base is None:
+        pytest.skip(f"there is no Python {version} here")
+    ask = "import sysconfig; print(sysconfig.get_path('stdlib'))"
+    done = subprocess.run([base, "-c", ask], capture_output=True, text=True, check=True)
+    stdlib = done.stdout.strip()
+    (place / "bin").mkdir(parents=True)
+    (place / "conda-meta").mkdir()
+    (place / "conda-meta" / "history").write_text("")
+    python = place / "bin" / f"python{version}"
+    shutil.copy2(base.resolve(), python)
+    for name in ("python", "python3"):
+        python.with_name(name).symlink_to(python.name)
+    library = place / "lib" / f"python{version}"
+    library.mkdir(parents=True)
+    for entry in os.scandir(stdlib):
+        if entry.name not in ("site-packages", "__pycache__"):
+            (library / entry.name).symlink_to(entry.path)
+    (library / "site-packages").mkdir()
+    made = Target(python.with_name("python"), library / "site-packages", version)
+    if made.run("-c", "import sys; print(sys.prefix)").stdout != f"{place}\n":
+        pytest.skip("a copy of this interpreter does not take its place for its prefix")
+    return made
 
 
 @pytest.fixture(scope="session", params=SUPPORTED)

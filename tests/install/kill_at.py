@@ -43,7 +43,8 @@ def main() -> int:
     for name in CHANGES:
         setattr(os, name, watched(name))
     os.fsync = lambda descriptor: None  # no power is cut here, and the disk may be busy
-    liveness.examine = lambda purelib: liveness.Liveness("", "")
+    liveness.examine = lambda purelib, modules, editable=False: liveness.Liveness("", "", "")
+    liveness.still_live = lambda: ""
     return command.main(arguments)
 
 

@@ -8,45 +8,13 @@ What cannot be run here is in docs/installing.md.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .conftest import ENVIRONMENT, INSTALL, UNINSTALL, Target, interpreter, make_target, tree
-
-
-def hand_made(place: Path, version: str) -> Target:
-    """A Python of its own prefix, laid out as conda lays it out, with nothing in site-packages.
-
-    The interpreter is a copy; the standard library is links to the one that it comes from.
-    """
-    base = interpreter(version)
-    if base is None:
-        pytest.skip(f"there is no Python {version} here")
-    ask = "import sysconfig; print(sysconfig.get_path('stdlib'))"
-    done = subprocess.run([base, "-c", ask], capture_output=True, text=True, check=True)
-    stdlib = done.stdout.strip()
-    (place / "bin").mkdir(parents=True)
-    (place / "conda-meta").mkdir()
-    (place / "conda-meta" / "history").write_text("")
-    python = place / "bin" / f"python{version}"
-    shutil.copy2(base.resolve(), python)
-    for name in ("python", "python3"):
-        python.with_name(name).symlink_to(python.name)
-    library = place / "lib" / f"python{version}"
-    library.mkdir(parents=True)
-    for entry in os.scandir(stdlib):
-        if entry.name not in ("site-packages", "__pycache__"):
-            (library / entry.name).symlink_to(entry.path)
-    (library / "site-packages").mkdir()
-    made = Target(python.with_name("python"), library / "site-packages", version)
-    if made.run("-c", "import sys; print(sys.prefix)").stdout != f"{place}\n":
-        pytest.skip("a copy of this interpreter does not take its place for its prefix")
-    return made
+from .conftest import ENVIRONMENT, INSTALL, UNINSTALL, Target, hand_made, make_target, tree
 
 
 def system_site(base: Target, place: Path) -> Target:
