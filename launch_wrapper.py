@@ -10,7 +10,8 @@ checkout may be read-only, and serves any number of launches at once.
 How: PYTHONPATH gets one directory more, `launch_wrapper_path`, whose sitecustomize.py every
 Python that starts with this environment runs: the server, and whatever it spawns.  Then this
 process *becomes* the server (exec): its process id, output, signals and exit status are those
-of SGLang itself, and nothing of ours stays in between.
+of SGLang itself, and nothing of ours stays in between.  The rest it gets as this process got it:
+arguments and environment are those that the kernel has, not what Python made of them.
 
 Python 3.9 to 3.14.
 """
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 SERVER = "sglang.launch_server"
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -56,62 +58,136 @@ def main(arguments: Sequence[str]) -> int:
         stream = sys.stdout if arguments else sys.stderr
         stream.write(USAGE)
         return 0 if arguments else 2
+    given = given_arguments()
     try:
-        words = command(arguments)
-        environment = hooked_environment(os.environ)
+        words = command(given)
+        environment = hooked_environment(given_environment())
     except Refusal as refusal:
         sys.stderr.write(f"launch_wrapper.py: {refusal}\n")
         return 2
-    # Python ignores these two, and what is ignored stays so through exec; the command shall
-    # begin with what it would have without us.  (subprocess does the same.)
-    for name in ("SIGPIPE", "SIGXFSZ"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    is_python = given.own[0] != b"--"
+    restore_signals(is_python)
     try:
-        os.execvpe(words[0], words, environment)
+        if is_python:
+            os.execve(sys.executable, words, environment)
+        else:
+            os.execvpe(words[0], words, environment)
     except OSError as error:
-        sys.stderr.write(f"launch_wrapper.py: {words[0]} cannot be run: {error.strerror}.\n")
+        name = os.fsdecode(words[0])
+        sys.stderr.write(f"launch_wrapper.py: {name} cannot be run: {error.strerror}.\n")
         # As a shell says it.
         return 127 if isinstance(error, FileNotFoundError) else 126
 
 
-def command(arguments: Sequence[str]) -> list[str]:
+class Given(NamedTuple):
+    """The command line that this process was started with."""
+
+    python: bytes
+    flags: list[bytes]
+    #: What follows the name of this script.
+    own: list[bytes]
+
+
+def given_arguments() -> Given:
+    """The command line, byte for byte."""
+    own = [os.fsencode(argument) for argument in sys.argv]
+    words = _of_this_process("cmdline")
+    # This script and its arguments stand at the end of it, unless runpy started it.
+    if len(words) > len(own) and words[-len(own) :] == own:
+        return Given(words[0], words[1 : -len(own)], own[1:])
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return Given(os.fsencode(sys.executable), [os.fsencode(flag) for flag in flags], own[1:])
+
+
+def given_environment() -> dict[bytes, bytes]:
+    """The environment that this process was started with.
+
+    Python changes its own: in the C locale it sets LC_CTYPE (PEP 538), by which a Python that
+    is started from here would no longer see that it is in the C locale.
+    """
+    found: dict[bytes, bytes] = {}
+    for entry in _of_this_process("environ"):
+        name, equals, value = entry.partition(b"=")
+        if name and equals:
+            # Of two with one name the first counts, for getenv() and for Python.
+            found.setdefault(name, value)
+    return found or dict(os.environb)
+
+
+def _of_this_process(name: str) -> list[bytes]:
+    """What the kernel was given for this process; nothing where /proc does not tell."""
+    try:
+        with open(f"/proc/self/{name}", "rb") as stream:
+            return stream.read().split(b"\0")[:-1]
+    except OSError:
+        return []
+
+
+def restore_signals(is_python: bool) -> None:
+    """Undo what Python did to signals when it started: it ignores two, and forgets whether they
+    were ignored before.  What is ignored stays so through exec.
+
+    Another Python ignores them whatever it gets.  Other commands get the default, unless the
+    process that started this one ignores the signal itself, as systemd does for its services.
+    One that is a Python does so for itself alone: subprocess gives children the default.
+    """
+    ignored = 0
+    if not is_python:
+        try:
+            with open(f"/proc/{os.getppid()}/status", "rb") as stream:
+                for line in stream:
+                    if line.startswith(b"SigIgn:"):
+                        ignored = int(line.split()[1], 16)
+            program = os.path.basename(os.readlink(f"/proc/{os.getppid()}/exe"))
+        except (OSError, ValueError):
+            # Not ours to look at.  Its name is in a file that everybody may read.
+            program = _name_of_parent()
+        if program.startswith("python"):
+            ignored = 0
+    for name in ("SIGPIPE", "SIGXFSZ"):
+        number = getattr(signal, name)
+        if not ignored >> (number - 1) & 1:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _name_of_parent() -> str:
+    try:
+        with open(f"/proc/{os.getppid()}/comm", errors="replace") as stream:
+            return stream.read()
+    except OSError:
+        return "python"
+
+
+def command(given: Given) -> list[bytes]:
     """The command to become."""
-    if arguments[0] == "--":
-        if len(arguments) < 2:
+    first, *others = given.own
+    if first == b"--":
+        if not others:
             raise Refusal("-- needs a command after it.")
-        return list(arguments[1:])
+        return others
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise Refusal(
             "Python under -I, -E or -S ignores PYTHONPATH or sitecustomize, which activate the "
             "hook; omit the flag, or install the hook."
         )
-    if arguments[0] == "-m":
-        if len(arguments) < 2:
+    if first == b"-m":
+        if not others:
             raise Refusal("-m needs a module after it.")
-        return [sys.executable, *interpreter_flags(), *arguments]
-    return [sys.executable, *interpreter_flags(), "-m", SERVER, *arguments]
+        return [given.python, *given.flags, first, *others]
+    return [given.python, *given.flags, b"-m", SERVER.encode(), first, *others]
 
 
-def interpreter_flags() -> list[str]:
-    """The flags that this interpreter was started with, to hand on."""
-    words = list(getattr(sys, "orig_argv", ()))  # Python 3.10 and later
-    own = len(sys.argv)  # this script and its arguments stand at the end of it
-    if len(words) > own and words[-own:] == sys.argv:
-        return words[1:-own]
-    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return flags
-
-
-def hooked_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def hooked_environment(environment: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
     """The environment with our directory in front of PYTHONPATH."""
     for path in NEEDED:
         if not os.path.isfile(path):
             raise Refusal(f"{path} is missing; the wrapper runs from a complete checkout.")
     if os.pathsep in HOOKED:
         raise Refusal(f"{HOOKED} has a {os.pathsep!r} in it, which PYTHONPATH cannot hold.")
-    before = environment.get("PYTHONPATH", "")
-    folders = [folder for folder in before.split(os.pathsep) if folder != HOOKED] if before else []
-    return {**environment, "PYTHONPATH": os.pathsep.join([HOOKED, *folders])}
+    ours, separator = os.fsencode(HOOKED), os.fsencode(os.pathsep)
+    before = environment.get(b"PYTHONPATH", b"")
+    folders = [folder for folder in before.split(separator) if folder != ours] if before else []
+    return {**environment, b"PYTHONPATH": separator.join([ours, *folders])}
 
 
 if __name__ == "__main__":

@@ -4,16 +4,12 @@ Python imports the first ``sitecustomize`` on ``sys.path`` when it starts.  Wher
 the user has one too, that is the one to see: it is imported from here, and takes our place.
 
 Rules as in ``sglang_patch_loader``: imports nothing that is not there at start-up, prints
-nothing, never raises of itself.
+nothing, never raises of itself.  Written so that any Python can read it (no annotations),
+because a server's children may be of any: there it makes way for the other one, and that is all.
 """
 
 import os
 import sys
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
-    from typing import Optional
 
 HERE = os.path.dirname(__file__)
 CHECKOUT = os.path.dirname(HERE)
@@ -28,23 +24,22 @@ class Checkout:
     """
 
     @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> "Optional[ModuleSpec]":
+    def find_spec(name, path=None, target=None):
         if name not in OURS:
             return None
         # importlib.machinery's, without importing that.
         finder = sys.modules["_frozen_importlib_external"].PathFinder
-        spec: Optional[ModuleSpec] = finder.find_spec(name, [CHECKOUT])
-        return spec
+        return finder.find_spec(name, [CHECKOUT])
 
 
-def activate() -> None:
+def activate():
     sys.meta_path.append(Checkout)
     import sglang_patch_loader
 
     sglang_patch_loader.install()
 
 
-def give_way() -> None:
+def give_way():
     """Import the ``sitecustomize`` behind ours, as if ours were not there.
 
     If there is none, or it fails, `site` gets the same exception as without us: it ignores a
@@ -52,7 +47,8 @@ def give_way() -> None:
     """
     places = [place for place in sys.path if place != HERE]
     with_ours, sys.path[:] = list(sys.path), places
-    del sys.modules["sitecustomize"]
+    # Python 2 empties a module that nobody holds any more; we still need our names.
+    this = sys.modules.pop("sitecustomize")
     try:
         import sitecustomize  # noqa: F401
     finally:
@@ -61,10 +57,12 @@ def give_way() -> None:
             sys.path[:] = with_ours
         elif HERE not in sys.path:
             sys.path.insert(0, HERE)
+        del this
 
 
 try:
-    activate()
+    if sys.version_info >= (3, 9):  # noqa: UP036 - a child may be of an older Python
+        activate()
 except Exception:
     pass
 give_way()
