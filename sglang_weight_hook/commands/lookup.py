@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..reader import Document
+from ..reader import Document, Hit
 from .app import ACT, Misused, command
 from .options import DirOption, JsonOption, SlotArgument
 from .render.text import address_text, print_json, print_line, printable, size_text
@@ -38,20 +38,7 @@ def lookup(
             {
                 **heading(document),
                 "address": place,
-                "tensors": [
-                    {
-                        "name": hit.tensor.name,
-                        "aliases": list(hit.tensor.aliases),
-                        "holds": hit.holds,
-                        "offset": hit.offset,
-                        "element": None if hit.element is None else list(hit.element),
-                        "byte": hit.byte,
-                        "layer": hit.tensor.layer,
-                        "role": hit.tensor.role,
-                        "tensor": hit.tensor.raw,
-                    }
-                    for hit in hits
-                ],
+                "tensors": [_hit(hit) for hit in hits],
                 "region": region.raw if region else None,
                 "kv_cache": [buffer.raw for buffer in buffers],
             }
@@ -59,22 +46,7 @@ def lookup(
         return 0 if found else ACT
     warn_if_stale(document)
     for hit in hits:
-        tensor = hit.tensor
-        what = [tensor.kind, tensor.role.replace("_", " "), tensor.dtype.replace("torch.", "")]
-        if tensor.layer is not None:
-            what.insert(1, f"layer {tensor.layer}")
-        if tensor.volatile:
-            what.append("volatile")
-        print_line((printable(tensor.name), "bold"))
-        if hit.element is None:
-            print_line("  element  none: the byte lies between elements (padding)")
-        else:
-            text = ", ".join(map(str, hit.element))
-            print_line(f"  element  [{text}], byte {hit.byte} of {tensor.itemsize}")
-        print_line(f"  offset   {hit.offset} of {tensor.span} bytes")
-        print_line(f"  what     {', '.join(what)}")
-        for alias in tensor.aliases:
-            print_line(f"  also     {printable(alias)}")
+        _print_hit(hit)
     for buffer in buffers:
         print_line((f"KV cache {printable(buffer.name)}", "bold"))
         print_line(f"  offset   {place - buffer.ptr} of {buffer.size} bytes")
@@ -89,6 +61,39 @@ def lookup(
         )
     print_line(standing(document))
     return 0 if found else ACT
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
+    return {
+        "name": hit.tensor.name,
+        "aliases": list(hit.tensor.aliases),
+        "holds": hit.holds,
+        "offset": hit.offset,
+        "element": None if hit.element is None else list(hit.element),
+        "byte": hit.byte,
+        "layer": hit.tensor.layer,
+        "role": hit.tensor.role,
+        "tensor": hit.tensor.raw,
+    }
+
+
+def _print_hit(hit: Hit) -> None:
+    tensor = hit.tensor
+    what = [tensor.kind, tensor.role.replace("_", " "), tensor.dtype.replace("torch.", "")]
+    if tensor.layer is not None:
+        what.insert(1, f"layer {tensor.layer}")
+    if tensor.volatile:
+        what.append("volatile")
+    print_line((printable(tensor.name), "bold"))
+    if hit.element is None:
+        print_line("  element  none: the byte lies between elements (padding)")
+    else:
+        text = ", ".join(map(str, hit.element))
+        print_line(f"  element  [{text}], byte {hit.byte} of {tensor.itemsize}")
+    print_line(f"  offset   {hit.offset} of {tensor.span} bytes")
+    print_line(f"  what     {', '.join(what)}")
+    for alias in tensor.aliases:
+        print_line(f"  also     {printable(alias)}")
 
 
 def _nearest_regions(document: Document, place: int) -> str:

@@ -65,6 +65,11 @@ def report(
             f"no live SGLang publishes in {where}; check --dir and that the server has loaded its "
             f"model"
         )
+    _print_gpus(gpus, total)
+    return 0
+
+
+def _print_gpus(gpus: list[totals.Gpu], total: totals.Gpu) -> None:
     lora = any(gpu.lora for gpu in gpus)
     columns = [Column("GPU"), Column("weights", right=True)]
     columns += [Column("LoRA", right=True)] if lora else []
@@ -86,7 +91,6 @@ def report(
         print_line(f"{size_text(total.elsewhere)} of weights lie on another device (offloaded)")
     if total.total is None:
         print_line("-: unknown; only CUDA devices report total and free memory")
-    return 0
 
 
 def _other(gpu: totals.Gpu) -> Optional[int]:

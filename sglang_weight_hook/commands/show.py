@@ -14,6 +14,12 @@ from .render.table import Column, print_table
 from .render.text import address_text, print_json, print_line, printable, size_text
 from .selection import document_of, heading, is_like, standing, warn_if_stale
 
+_ORDERS: dict[Optional[str], Callable[[Tensor], Any]] = {
+    "name": lambda tensor: tensor.name,
+    "address": lambda tensor: (tensor.ptr, tensor.name),
+    "size": lambda tensor: (-tensor.size, tensor.name),
+}
+
 
 @command(
     "show",
@@ -48,12 +54,7 @@ def show(
     as_json: JsonOption = False,
 ) -> int:
     """List the tensors of a slot: address, size, type, shape, name."""
-    orders: dict[Optional[str], Callable[[Tensor], Any]] = {
-        "name": lambda tensor: tensor.name,
-        "address": lambda tensor: (tensor.ptr, tensor.name),
-        "size": lambda tensor: (-tensor.size, tensor.name),
-    }
-    if sort not in (None, *orders):
+    if sort not in (None, *_ORDERS):
         raise Misused(f"--sort {sort} is not known; give name, address or size")
     if role not in (None, *ROLES):
         raise Misused(f"--role {role} is not known; give one of {', '.join(ROLES)}")
@@ -67,17 +68,10 @@ def show(
         and (layer is None or tensor.layer == layer)
     ]
     if sort:
-        chosen.sort(key=orders[sort])
+        chosen.sort(key=_ORDERS[sort])
     if top is not None:
         chosen = chosen[:top]
-    summed = {
-        "tensors": len(chosen),
-        "of": len(every),
-        "bytes": sum(tensor.size for tensor in chosen),
-        "storage_bytes": sum(
-            {t.storage_ptr: t.storage_size for t in chosen if t.storage_ptr}.values()
-        ),
-    }
+    summed = _sums(chosen, len(every))
     if as_json:
         entries = {
             tensor.name: {**tensor.raw, "layer": tensor.layer, "role": tensor.role}
@@ -85,6 +79,27 @@ def show(
         }
         return print_json({**heading(document), "tensors": entries, "total": summed})
     warn_if_stale(document)
+    _print_tensors(chosen)
+    count = f"{len(chosen)} of {len(every)}" if len(chosen) < len(every) else f"{len(chosen)}"
+    print_line(
+        f"{count} tensors, {size_text(summed['bytes'])} in storages of "
+        f"{size_text(summed['storage_bytes'])}; {standing(document)}"
+    )
+    return 0
+
+
+def _sums(chosen: list[Tensor], of: int) -> dict[str, int]:
+    return {
+        "tensors": len(chosen),
+        "of": of,
+        "bytes": sum(tensor.size for tensor in chosen),
+        "storage_bytes": sum(
+            {t.storage_ptr: t.storage_size for t in chosen if t.storage_ptr}.values()
+        ),
+    }
+
+
+def _print_tensors(chosen: list[Tensor]) -> None:
     print_table(
         [
             Column("address"),
@@ -104,9 +119,3 @@ def show(
             for tensor in chosen
         ],
     )
-    count = f"{len(chosen)} of {len(every)}" if len(chosen) < len(every) else f"{len(chosen)}"
-    print_line(
-        f"{count} tensors, {size_text(summed['bytes'])} in storages of "
-        f"{size_text(summed['storage_bytes'])}; {standing(document)}"
-    )
-    return 0

@@ -70,19 +70,23 @@ def verify_(
         )
         return 0 if good else ACT
     for verdict in verdicts:
-        for finding in verdict.findings:
-            style = "bold red" if finding.level == verify.ERROR else "yellow"
-            print_item(
-                (f"{finding.level:7}  ", style),
-                f"{printable(verdict.slot)}  ",
-                f"{finding.check}: {printable(finding.message)}",
-            )
-        if not verdict.findings and verdict.document:
-            counts = f"{len(verdict.document.tensors)} tensors"
-            counts += f" in {len(verdict.document.regions)} regions"
-            print_item(
-                ("ok       ", "green"),
-                f"{printable(verdict.slot)}  ",
-                f"{counts}; {standing(verdict.document)}",
-            )
+        _print_verdict(verdict)
     return 0 if good else ACT
+
+
+def _print_verdict(verdict: verify.Verdict) -> None:
+    for finding in verdict.findings:
+        style = "bold red" if finding.level == verify.ERROR else "yellow"
+        print_item(
+            (f"{finding.level:7}  ", style),
+            f"{printable(verdict.slot)}  ",
+            f"{finding.check}: {printable(finding.message)}",
+        )
+    if not verdict.findings and verdict.document:
+        counts = f"{len(verdict.document.tensors)} tensors"
+        counts += f" in {len(verdict.document.regions)} regions"
+        print_item(
+            ("ok       ", "green"),
+            f"{printable(verdict.slot)}  ",
+            f"{counts}; {standing(verdict.document)}",
+        )

@@ -29,7 +29,7 @@ _RETRY_SECONDS = 1.0
 DELAYS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # A thorough look, which finds tensors that the map lacks, follows each event and comes again
 # after so many seconds: it takes several times as long as one at the tensors that are known.
-THOROUGH_SECONDS = 60.0
+THOROUGH_SECONDS = 300.0
 
 
 class Recorder(Protocol):

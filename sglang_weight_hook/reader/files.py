@@ -49,9 +49,12 @@ def open_regular(path: str, follow: bool = True, limit: Optional[int] = None) ->
     os.close(descriptor)
     if stat.S_ISREG(status.st_mode):
         raise HookError(f"{path} has {status.st_size} bytes, {limit} at most; {FOREIGN}")
-    if stat.S_ISDIR(status.st_mode):
+    wanted = "JSON" if path.endswith(".json") else "a file"
+    if not stat.S_ISDIR(status.st_mode):
+        raise HookError(f"{path} is not {wanted} but a pipe or a device; {FOREIGN}")
+    if wanted == "JSON":
         raise _unreadable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-    raise HookError(f"{path} is not JSON nor any other file but a pipe or a device; {FOREIGN}")
+    raise HookError(f"{path} is not {wanted} but a folder; {FOREIGN}")
 
 
 def read_bytes(path: str, limit: int = MAX_DOCUMENT_BYTES) -> Optional[bytes]:
