@@ -1,5 +1,7 @@
 """The two scripts: what they check, do, say, and return.
 
+Longer than 500 lines because the order of checks, writes and words of both scripts is one story.
+
 Exit status: 0 done (or all good), 1 refused or failed (or not all good), 2 wrong usage.
 """
 
@@ -258,6 +260,7 @@ def _put_back(
 
 
 def uninstall(dry_run: bool, force: bool) -> int:
+    """Longer than 60 lines because each refusal has to come before the first removal."""
     purelib = target.purelib()
     disk = Disk(purelib)
     present = target.survey(disk, ROOT)

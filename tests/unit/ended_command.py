@@ -13,7 +13,10 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("show", "regions", "lookup", "diff", "report", "watch", "verify", "doctor", "plot")
+COMMANDS = (
+    *("show", "regions", "lookup", "diff", "report"),
+    *("watch", "history", "verify", "doctor", "plot"),
+)
 
 
 class Ended(NamedTuple):
