@@ -23,6 +23,7 @@ def test_any_sequence_of_events_is_published_as_the_table_says() -> None:
         RecorderSequences,
         settings=examples(
             max_examples=60,
+            derandomize=True,  # the same sequences each time here, new ones in `make stress`
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
