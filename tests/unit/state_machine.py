@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import gc
 import json
+import logging
 import os
 import shutil
 import socket
@@ -106,6 +107,8 @@ class RecorderSequences(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="states-"))
         self.stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self.maps = self.folder / "maps"
+        logging.disable()  # a thousand sequences have much to say
+        self.stack.callback(logging.disable, logging.NOTSET)
         environment = {
             **ENVIRONMENT,
             "SGLANG_WEIGHT_HOOK_DIR": str(self.maps),
