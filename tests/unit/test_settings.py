@@ -15,8 +15,14 @@ from sglang_weight_hook.layout import location, variables
 from sglang_weight_hook.publisher import settings
 
 
-def test_the_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings.parse({}, "/srv") == ("/srv/weights_metadata", 10.0, False)
+def test_the_defaults_are_the_contracts() -> None:
+    assert settings.parse({}, "/srv")._asdict() == {
+        "directory": "/srv/weights_metadata",
+        "lock_timeout": 10.0,
+        "checksum": False,
+        "check_seconds": 10.0,
+        "quiet_seconds": 0.05,
+    }
 
 
 @pytest.mark.parametrize(
