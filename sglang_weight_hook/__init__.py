@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Busy",
     "Change",
+    "Changed",
     "Check",
     "ControlError",
     "Directory",
@@ -25,9 +26,11 @@ __all__ = [
     "HeaderReader",
     "Hit",
     "HookError",
+    "Memory",
     "NoAnswer",
     "NoSocket",
     "NotAllowed",
+    "NotReadable",
     "OwnerGone",
     "PastEvent",
     "Region",
@@ -41,6 +44,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .memory import Changed, Memory, NotReadable
     from .reader import (
         Busy,
         Change,
@@ -67,7 +71,14 @@ if TYPE_CHECKING:
     )
 
 
+_OF_MEMORY = ("Changed", "Memory", "NotReadable")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _OF_MEMORY:
+        from . import memory
+
+        return getattr(memory, name)
     if name in __all__:
         from . import reader
 

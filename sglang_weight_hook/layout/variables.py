@@ -11,6 +11,7 @@ LOCK_TIMEOUT = "SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT"
 CHECK_SECONDS = "SGLANG_WEIGHT_HOOK_CHECK_SECONDS"
 QUIET_MS = "SGLANG_WEIGHT_HOOK_QUIET_MS"
 CHECKSUM = "SGLANG_WEIGHT_HOOK_CHECKSUM"
+SHARE = "SGLANG_WEIGHT_HOOK_SHARE"
 DEBUG = "SGLANG_WEIGHT_HOOK_DEBUG"
 
 DEFAULT_LOCK_TIMEOUT = 10.0  # seconds
@@ -43,6 +44,12 @@ VARIABLES = (
         "how long no bucket has come when a stream of buckets counts as over; 0 ends it at once",
     ),
     Variable(CHECKSUM, "off", "1 publishes a checksum of every tensor after each event"),
+    Variable(
+        SHARE,
+        "off",
+        "1 lets programs of the server's user read its weights over the control socket; a list of "
+        "users (names or numbers, with commas) lets those, too",
+    ),
     Variable(DEBUG, "off", "1 says on stderr why the hook is not active"),
 )
 

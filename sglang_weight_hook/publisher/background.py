@@ -14,10 +14,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Optional, Protocol
+from typing import Any, Optional, Protocol, Union
 
-from . import once, settings
-from .control import ControlSocket
+from . import once, settings, sharing
+from .control import Answered, ControlSocket, refused
 from .tracked import Tracked
 
 NAME = "sglang-weight-hook"
@@ -55,7 +55,8 @@ def ensure(recorder: Recorder, for_stream: bool = False) -> bool:
     if _thread is not None and _thread.is_alive():
         return True
     configured = settings.load()
-    if _failed or not (configured.check_seconds > 0 or for_stream):
+    wanted = configured.check_seconds > 0 or configured.share is not None or for_stream
+    if _failed or not wanted:
         return False
     try:
         _thread = _Background(recorder, configured)
@@ -115,8 +116,11 @@ class _Background(threading.Thread):
         self._recorder = recorder
         self._period = configured.check_seconds
         self.control = ControlSocket(
-            configured.directory if self._period > 0 else None, self._answer
+            configured.directory if self._period > 0 or configured.share is not None else None,
+            self._answer,
+            configured.share or (),
         )
+        self._shares = configured.share is not None
 
     def run(self) -> None:
         try:
@@ -158,28 +162,26 @@ class _Background(threading.Thread):
                 tracked.thorough_at = tracked.looked_at
         return max(_due_at(tracked, self._period) - time.monotonic(), 0.001)
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, request: dict[str, Any]) -> Union[dict[str, Any], Answered]:
         """What the control socket answers."""
-        if request.get("op") != "check":
-            return {"ok": False, "error": "unknown", "message": "this release answers only check"}
+        op = request.get("op")
+        if op != "check" and op not in sharing.OPERATIONS:
+            known = ", ".join(("check", *sharing.OPERATIONS))
+            return refused("unknown", f"this release answers only {known}")
+        if op in sharing.OPERATIONS and not self._shares:
+            return refused("not_shared", "this server was started without sharing")
         for tracked in self._recorder.runners():
             if tracked.slot.name == request.get("slot"):
-                return self._check_now(tracked)
-        return {
-            "ok": False,
-            "error": "no_slot",
-            "message": "this process does not publish that slot",
-        }
+                if op == "check":
+                    return self._check_now(tracked)
+                return sharing.answer(tracked, request)
+        return refused("no_slot", "this process does not publish that slot")
 
     def _check_now(self, tracked: Tracked) -> dict[str, Any]:
         before = tracked.layout_generation
         holds = self._recorder.check(tracked, thoroughly=True) if tracked.settled else None
         if holds is None:
-            return {
-                "ok": False,
-                "error": "busy",
-                "message": f"the slot is {tracked.state}, its weights are about to change",
-            }
+            return refused("busy", f"the slot is {tracked.state}, its weights are about to change")
         return {
             "ok": True,
             "equal": holds,

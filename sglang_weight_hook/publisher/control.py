@@ -17,8 +17,9 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable
-from typing import Any, Optional
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, Optional, Union
 
 from ..layout.files import CONTROL
 from . import once
@@ -30,14 +31,39 @@ _STALE_SECONDS = 10.0  # a dead process's socket is removed when it is older tha
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
-Answer = Callable[[dict[str, Any]], dict[str, Any]]
+
+class Answered(NamedTuple):
+    """An answer that is followed by bytes, or comes with file descriptors.
+
+    The descriptors are closed as soon as they are sent, or cannot be.
+    """
+
+    answer: dict[str, Any]
+    payload: bytes = b""
+    descriptors: tuple[int, ...] = ()
+
+
+def refused(word: str, message: str) -> dict[str, Any]:
+    """An answer that says why there is none.  ``word``: for programs (docs/format.md)."""
+    return {"ok": False, "error": word, "message": message}
+
+
+Answer = Callable[[dict[str, Any]], Union[dict[str, Any], Answered]]
+# Connections that may have bytes of weights waiting to be taken; further ones ask again.
+MAX_PAYLOADS = 4
 
 
 class ControlSocket:
     """The socket and its connections, served by one thread; others only call `wake`."""
 
-    def __init__(self, directory: Optional[str], answer: Answer) -> None:
-        """Listen in ``directory``, or not at all where that is None.  Never raises."""
+    def __init__(
+        self, directory: Optional[str], answer: Answer, users: Collection[int] = ()
+    ) -> None:
+        """Listen in ``directory``, or not at all where that is None.  Never raises.
+
+        ``users``: who may connect besides this process's own user and root.
+        """
+        self._users = frozenset(users)
         self.name: Optional[str] = None
         self._directory = directory
         self._answer = answer
@@ -80,7 +106,7 @@ class ControlSocket:
             else:
                 raise OSError(errno.EADDRINUSE, "no free name for the control socket", directory)
             # Nobody can connect before listen(), so the mode is right from the beginning.
-            os.chmod(name, 0o600, dir_fd=folder)
+            os.chmod(name, 0o666 if self._users else 0o600, dir_fd=folder)
             listener.listen(MAX_CONNECTIONS)
             listener.setblocking(False)
             status = os.stat(name, dir_fd=folder)
@@ -148,7 +174,10 @@ class ControlSocket:
             peer.setblocking(False)
             found = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             _, uid, _ = _CREDENTIALS.unpack(found)
-            if uid not in (0, os.geteuid()) or len(self._connections) >= MAX_CONNECTIONS:
+            if (
+                uid not in {0, os.geteuid(), *self._users}
+                or len(self._connections) >= MAX_CONNECTIONS
+            ):
                 peer.close()
                 return
         except OSError:
@@ -167,15 +196,15 @@ class ControlSocket:
                     return
                 connection.last_word = time.monotonic()
                 connection.received += data
-                while b"\n" in connection.received:
-                    line, _, connection.received = connection.received.partition(b"\n")
-                    connection.unsent += self._reply(line)
-                if len(connection.received) > MAX_REQUEST:
-                    self._drop(connection)
-                    return
-            if connection.unsent:
-                sent = connection.peer.send(connection.unsent)
-                connection.unsent = connection.unsent[sent:]
+            # One answer at a time: who does not take it asks for no other.
+            while b"\n" in connection.received and not connection.unsent:
+                line, _, connection.received = connection.received.partition(b"\n")
+                self._reply(connection, line)
+                self._send(connection)
+            if len(connection.received) > MAX_REQUEST:
+                self._drop(connection)
+                return
+            self._send(connection)
             wanted = selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
             self._selector.modify(connection.peer, wanted, connection)
         except (BlockingIOError, InterruptedError):
@@ -183,24 +212,59 @@ class ControlSocket:
         except OSError:
             self._drop(connection)
 
-    def _reply(self, line: bytes) -> bytes:
+    def _reply(self, connection: _Connection, line: bytes) -> None:
+        """Answer one request."""
+        answered: Union[dict[str, Any], Answered]
         try:
             request = json.loads(line)
             if not isinstance(request, dict):
                 raise ValueError("a request is a JSON object")
         except (ValueError, RecursionError) as error:
-            answer = {"ok": False, "error": "malformed", "message": str(error)}
+            answered = refused("malformed", str(error))
         else:
-            try:
-                answer = self._answer(request)
-            except Exception as error:
-                answer = {"ok": False, "error": "failed", "message": repr(error)}
-        return json.dumps(answer).encode("ascii") + b"\n"
+            if "runs" in request and self._payloads() >= MAX_PAYLOADS:
+                answered = refused("busy", "other readers are served")
+            else:
+                try:
+                    answered = self._answer(request)
+                except Exception as error:
+                    answered = refused("failed", repr(error))
+        if not isinstance(answered, Answered):
+            answered = Answered(answered)
+        text = json.dumps(answered.answer).encode("ascii") + b"\n"
+        connection.unsent.append(memoryview(text))
+        connection.descriptors = answered.descriptors
+        if answered.payload:
+            connection.unsent.append(memoryview(answered.payload))
+
+    def _payloads(self) -> int:
+        """How many connections have bytes waiting."""
+        return sum(1 for connection in self._connections.values() if connection.unsent)
+
+    @staticmethod
+    def _send(connection: _Connection) -> None:
+        """Send what the peer takes now.  Raises OSError."""
+        unsent = connection.unsent
+        try:
+            while unsent:
+                if connection.descriptors:
+                    sent = socket.send_fds(connection.peer, [unsent[0]], connection.descriptors)
+                    connection.let_go()
+                else:
+                    sent = connection.peer.send(unsent[0])
+                if sent < len(unsent[0]):
+                    unsent[0] = unsent[0][sent:]
+                    return
+                unsent.popleft()
+                connection.last_word = time.monotonic()
+        except (BlockingIOError, InterruptedError):
+            pass
 
     def _drop(self, connection: _Connection) -> None:
         self._connections.pop(connection.peer, None)
         with contextlib.suppress(KeyError, ValueError, OSError):
             self._selector.unregister(connection.peer)
+        connection.let_go()
         connection.peer.close()
 
     def close(self, remove: bool) -> None:
@@ -211,6 +275,7 @@ class ControlSocket:
                 os.unlink(os.path.join(self._directory, self.name))
         self.name = None
         for connection in list(self._connections.values()):
+            connection.let_go()
             connection.peer.close()
         self._connections.clear()
         if self._listener is not None:
@@ -227,8 +292,16 @@ class _Connection:
     def __init__(self, peer: socket.socket) -> None:
         self.peer = peer
         self.received = b""
-        self.unsent = b""
+        self.unsent: deque[memoryview] = deque()
+        self.descriptors: tuple[int, ...] = ()  # to go with the next bytes
         self.last_word = time.monotonic()
+
+    def let_go(self) -> None:
+        """Close the descriptors that were sent, or will not be."""
+        descriptors, self.descriptors = self.descriptors, ()
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def short_path(folder: int, name: str) -> str:

@@ -22,7 +22,17 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
-from . import background, cuda_driver, effects, identity, once, publication, publish, settings
+from . import (
+    background,
+    cuda_driver,
+    effects,
+    identity,
+    once,
+    publication,
+    publish,
+    settings,
+    sharing,
+)
 from .events import EFFECTS, Call, outcome
 from .tracked import Tracked
 
@@ -469,6 +479,7 @@ def _after_fork_in_child() -> None:
     _busy = False
     _dead.clear()
     background.abandon()
+    sharing.after_fork_in_child()
     for tracked in _tracked.values():
         tracked.event = None  # the child may leave the frames of calls that its parent began
         publication.let_go(tracked)

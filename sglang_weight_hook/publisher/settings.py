@@ -20,6 +20,9 @@ class Settings(NamedTuple):
     checksum: bool = False  # whether every tensor's bytes are summed after each event
     check_seconds: float = variables.DEFAULT_CHECK_SECONDS  # between two checks; 0: none
     quiet_seconds: float = variables.DEFAULT_QUIET_MS / 1000  # that end a stream; 0: at once
+    # Users (uid) besides this process's own and root that may read weights over the control
+    # socket; None: nobody may.
+    share: Optional[frozenset[int]] = None
 
 
 _base: Optional[str] = None  # the working directory when the settings were first asked for
@@ -50,4 +53,36 @@ def parse(environment: Mapping[str, str], base: str) -> Settings:
         checksum=environment.get(variables.CHECKSUM) == "1",
         check_seconds=duration(variables.CHECK_SECONDS, variables.DEFAULT_CHECK_SECONDS),
         quiet_seconds=duration(variables.QUIET_MS, variables.DEFAULT_QUIET_MS) / 1000,
+        share=users_from(environment.get(variables.SHARE)),
     )
+
+
+def users_from(value: Optional[str]) -> Optional[frozenset[int]]:
+    """Who else may read weights: user ids for names and numbers; None where sharing is off.
+
+    A name that this machine does not know lets nobody in.
+
+    >>> users_from("0"), users_from(None), users_from("1"), users_from("1,nobody-of-that-name")
+    (None, None, frozenset(), frozenset())
+    >>> users_from("1000, 1001") == {1000, 1001}
+    True
+    """
+    found: set[Optional[int]] = set()
+    words = [word.strip() for word in (value or "").split(",")]
+    if not any(words) or words == ["0"]:
+        return None
+    for word in words:
+        if word.isdecimal():
+            found.add(int(word))
+        elif word:
+            found.add(_uid_of(word))
+    return frozenset(uid for uid in found if uid not in (None, 0, 1))
+
+
+def _uid_of(name: str) -> Optional[int]:
+    try:
+        import pwd
+
+        return pwd.getpwnam(name).pw_uid
+    except (ImportError, KeyError, ValueError):
+        return None

@@ -31,7 +31,7 @@ from ..layout.states import (
     WEIGHTS,
 )
 from . import capture as capturing
-from . import cuda_driver, document, identity, once, publish, settings
+from . import cuda_driver, document, identity, once, publish, settings, sharing
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
@@ -136,6 +136,7 @@ class Tracked:
         finally:
             self.version += 1
             self.waits_for_lock = False
+            sharing.wait_for_copies()
         self.state = UPDATING if self.settled else LOADING
 
     def ends_stream_before(self, kind: str, effect: str) -> bool:
@@ -172,6 +173,16 @@ class Tracked:
     def is_busy(self) -> bool:
         """Whether weights may be changing now."""
         return self.event is not None and not self.waits_for_lock
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weights are there, and none of them is about to change."""
+        return (
+            self.state == READY
+            and not self.is_busy
+            and self.captured is not None
+            and self.residency[WEIGHTS] == RESIDENT
+        )
 
     # -- when the last call has left
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ..layout import files
@@ -15,6 +15,7 @@ from .spans import SpanIndex
 from .tensors import CacheBuffer, Hit, Region, Tensor
 
 if TYPE_CHECKING:
+    from ..memory import Memory
     from .slot import Slot
 
 
@@ -105,6 +106,26 @@ class Document:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
         return value
+
+    def open_memory(
+        self, via: Optional[str] = None, states: Collection[str] = ("ready",)
+    ) -> Memory:
+        """The bytes behind this document, to be read from outside.
+
+            with slot.weights_held():
+                document = slot.read()
+                with document.open_memory() as memory:
+                    memory.array("lm_head.weight")
+
+        ``via``: insist on one way to the memory (`process`, `cuda`, `owner`); None takes for each
+        tensor the first that reaches it.  ``states``: those of the slot in which it may be read.
+        Raises HookError: `Changed` where the weights are no longer the document's, `NotReadable`
+        where they cannot be reached.
+        """
+        # The other way round as a rule: memory is built on the reader.
+        from ..memory import Memory
+
+        return Memory(self, via, states)
 
     # -- as typed objects
 

@@ -22,6 +22,7 @@ def test_the_defaults_are_the_contracts() -> None:
         "checksum": False,
         "check_seconds": 10.0,
         "quiet_seconds": 0.05,
+        "share": None,
     }
 
 

@@ -1,0 +1,9 @@
+"""Limits of what an owner hands over its control socket, known to both sides."""
+
+from __future__ import annotations
+
+# A copy: at most so many bytes and so many runs a request, which is one line of 4,096 bytes.
+COPY_BYTES = 4 << 20
+COPY_RUNS = 64
+# Allocations that one answer hands over.
+SHARED_ALLOCATIONS = 32

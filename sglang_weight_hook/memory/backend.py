@@ -1,0 +1,33 @@
+"""What a way to reach the owner's memory has to offer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional, Protocol
+
+from ..reader import Tensor
+
+# (address in the owner's address space, bytes)
+Run = tuple[int, int]
+
+
+class Backend(Protocol):
+    """One way to reach the memory of one owner.  Copies only; it writes nothing there."""
+
+    name: str
+
+    def reaches(self, tensor: Tensor) -> bool:
+        """Whether this way leads to the memory of ``tensor``, as far as can be told beforehand."""
+
+    def view(self, tensor: Tensor) -> Optional[Any]:
+        """An object with ``__dlpack__`` over the tensor's own memory; None where there is none."""
+
+    def fetch(self, runs: Sequence[Run], target: memoryview) -> None:
+        """Fill ``target`` with the runs, one after the other.
+
+        Raises `NotReadable` where the owner's memory cannot be reached, `Changed` where there is
+        nothing at these addresses any more.
+        """
+
+    def close(self) -> None:
+        """Let go of everything; called once."""

@@ -1,0 +1,201 @@
+"""The bytes behind one document."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Optional
+
+from ..reader import Document, HookError, Tensor
+from . import boxes
+from .backend import Backend
+from .bracket import STATES, Bracket
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+PIECE = 8 << 20  # bytes that are fetched at a time
+
+
+class Memory:
+    """The bytes behind one document; made by `Document.open_memory`.
+
+        with slot.weights_held():
+            document = slot.read()
+            with document.open_memory() as memory:
+                values = memory.array("model.embed_tokens.weight")
+
+    Every read either gives values of the document's generations or raises `Changed`, also without
+    the lock; what is `volatile` in the document is the exception: SGLang rewrites it in a forward.
+    Names are canonical names or aliases.  Nothing is ever written into the owner's memory.
+
+    Not thread-safe: open one for each thread.
+    """
+
+    def __init__(
+        self,
+        document: Document,
+        via: Optional[str] = None,
+        states: Collection[str] = STATES,
+    ) -> None:
+        """Look whether the document is still true; a way to its bytes is opened at first use.
+
+        ``via``: ``process``, ``cuda`` or ``owner``; None takes for each tensor the first that
+        reaches it.  ``states``: those of the slot in which it may be read.  Raises HookError.
+        """
+        from . import backends
+
+        self.document = document
+        self._bracket = Bracket(document, states)
+        self._backends = backends.Backends(document, via)
+        self._scratch: Optional[bytearray] = None
+        self._closed = False
+
+    # -- reading
+
+    def read(self, name: str) -> bytes:
+        """The values of a tensor, row-major and without gaps, whatever its strides.
+
+        Raises `Changed`, `NotReadable`, HookError.
+        """
+        tensor = self.document.tensor(name)
+        target = bytearray(tensor.size)
+        self._read(tensor, memoryview(target))
+        return bytes(target)
+
+    def read_into(self, name: str, buffer: Any) -> int:
+        """Write the values into ``buffer`` (writable, contiguous); how many bytes that are.
+
+        ``buffer`` may be longer than the values.  What it holds after an exception is undefined.
+        Raises `Changed`, `NotReadable`, HookError.
+        """
+        tensor = self.document.tensor(name)
+        try:
+            target = memoryview(buffer)
+            if target.nbytes:
+                target = target.cast("B")
+        except (TypeError, ValueError) as error:
+            raise HookError(
+                f"values cannot be written into it ({error}); give a bytearray or a "
+                f"contiguous array"
+            ) from error
+        if target.readonly:
+            raise HookError("values cannot be written into it, it is read-only; give a bytearray")
+        if target.nbytes < tensor.size:
+            raise HookError(
+                f"{tensor.name} takes {tensor.size} bytes and the buffer has {target.nbytes}; give "
+                f"a larger one"
+            )
+        self._read(tensor, target[: tensor.size])
+        return tensor.size
+
+    def pieces(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
+        """The values of a tensor in row-major order, at most ``limit`` bytes at a time.
+
+        Each piece is valid until the next is asked for, and lies in the same buffer: that is all
+        the memory it takes, however large the tensor.  Each is of the document's generations when
+        it is handed out.  Raises `Changed`, `NotReadable`, HookError.
+        """
+        tensor = self.document.tensor(name)
+        backend = self._backend_of(tensor)
+        buffer = memoryview(bytearray(min(limit, tensor.size)))
+        for box in boxes.boxes(tensor, limit):
+            target = buffer[: box.size]
+            with self._bracket.read():
+                self._fetch(backend, tensor, box, target)
+            yield target
+
+    def array(self, name: str) -> numpy.ndarray[Any, Any]:
+        """The values as a numpy array of the tensor's shape: a copy.
+
+        bfloat16 and 8-bit floats have the types of ml_dtypes.  Raises `Changed`, `NotReadable`,
+        HookError.
+        """
+        from . import arrays
+
+        tensor = self.document.tensor(name)
+        found, target = arrays.empty(tensor)
+        self._read(tensor, target)
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The values as a torch tensor.
+
+        On the GPU where they lie a view without a copy, with the tensor's own strides, which must
+        not be used once this memory is closed; from a CPU server a copy.  Raises `Changed`,
+        `NotReadable`, HookError.
+        """
+        from . import torch_tensors
+
+        tensor = self.document.tensor(name)
+        backend = self._backend_of(tensor)
+        with self._bracket.read():
+            view = backend.view(tensor)
+            if view is not None:
+                return torch_tensors.from_dlpack(view)
+        copy, target = torch_tensors.empty(tensor)
+        self._read(tensor, target)
+        return copy
+
+    def check(self) -> None:
+        """Raises `Changed` where the weights are no longer those of the document."""
+        self._raise_if_closed()
+        self._bracket.check()
+
+    def via(self, name: str) -> str:
+        """Which way the bytes of a tensor come: ``process``, ``cuda`` or ``owner``."""
+        return self._backend_of(self.document.tensor(name)).name
+
+    # -- how
+
+    def _backend_of(self, tensor: Tensor) -> Backend:
+        self._raise_if_closed()
+        return self._backends.reaching(tensor)
+
+    def _read(self, tensor: Tensor, target: memoryview) -> None:
+        backend = self._backend_of(tensor)
+        with self._bracket.read():
+            start = 0
+            for box in boxes.boxes(tensor, PIECE):
+                self._fetch(backend, tensor, box, target[start : start + box.size])
+                start += box.size
+
+    def _fetch(self, backend: Backend, tensor: Tensor, box: boxes.Box, target: memoryview) -> None:
+        fetch = boxes.plan(box)
+        runs = [(tensor.ptr + start, length) for start, length in fetch.runs]
+        if fetch.is_in_order:
+            backend.fetch(runs, target)
+            return
+        if self._scratch is None or len(self._scratch) < fetch.size:
+            self._scratch = bytearray(fetch.size)
+        fetched = memoryview(self._scratch)[: fetch.size]
+        backend.fetch(runs, fetched)
+        boxes.gather(box, fetch, fetched, target)
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise HookError("this memory was closed; open it again with document.open_memory()")
+
+    # -- closing
+
+    def close(self) -> None:
+        """Let go of everything.  Views made by `tensor` must not be used any more."""
+        if not self._closed:
+            self._closed = True
+            self._backends.close()
+            self._bracket.close()
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Memory of {self.document!r}>"

@@ -1,0 +1,48 @@
+"""Values as torch tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..reader import HookError, Tensor
+from .errors import NotReadable
+
+if TYPE_CHECKING:
+    import torch
+
+
+def empty(tensor: Tensor) -> tuple[torch.Tensor, memoryview]:
+    """A tensor in host memory for the values of ``tensor``, and its bytes.  Raises HookError."""
+    module = _torch()
+    kind = getattr(module, tensor.dtype.removeprefix("torch."), None)
+    if not isinstance(kind, module.dtype):
+        raise NotReadable(
+            f"this torch ({module.__version__}) has no {tensor.dtype}; take the bytes with "
+            f"memory.read()"
+        )
+    found: torch.Tensor = module.empty(tensor.shape, dtype=kind)
+    if found.numel() * found.element_size() != tensor.size:
+        raise HookError(
+            f"{tensor.name} takes {tensor.size} bytes, which {tensor.dtype} does not; take the "
+            f"bytes with memory.read()"
+        )
+    if not tensor.size:
+        return found, memoryview(bytearray())
+    return found, memoryview(found.view(-1).view(module.uint8).numpy().data)
+
+
+def from_dlpack(view: Any) -> torch.Tensor:
+    """A tensor over ``view``, an object with ``__dlpack__``: no copy."""
+    found: torch.Tensor = _torch().from_dlpack(view)
+    return found
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise NotReadable(
+            "tensors need torch, which is not installed here; install it, or take memory.array() "
+            "or memory.read()"
+        ) from None
+    return torch

@@ -1,0 +1,164 @@
+"""What an owner hands out of its weights over the control socket, when it is told to share them.
+
+``copy``: the bytes of some runs, at most `layout.sharing.COPY_BYTES` at a time, copied by the
+background thread while no event changes them.  ``share`` (GPUs): what another process on this
+machine opens allocations with.  Only memory of the slot's published regions is handed out.
+
+An event that begins waits for the one copy under way (`wait_for_copies`), and for no reader.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+
+from ..layout.sharing import COPY_BYTES, COPY_RUNS
+from . import cuda_copy, document
+from .control import Answered, refused
+
+if TYPE_CHECKING:
+    from .tracked import Tracked
+
+OPERATIONS = ("copy", "share")
+
+Run = tuple[int, int]  # address, bytes
+
+# Held by a copy under way.  Never held while anything else is waited for.
+_copying = threading.Lock()
+
+
+def wait_for_copies() -> None:
+    """The copy under way, if any, is done: called between the lock and what SGLang then changes.
+
+    No further one begins, for the runner is busy from before this call on.
+    """
+    with _copying:
+        pass
+
+
+def after_fork_in_child() -> None:
+    """The thread that held it is not in the child."""
+    global _copying
+    _copying = threading.Lock()
+
+
+def answer(tracked: Tracked, request: dict[str, Any]) -> Union[dict[str, Any], Answered]:
+    """The answer to one of `OPERATIONS`."""
+    if request.get("instance") != tracked.instance:
+        return refused("changed", "it is another runner's now")
+    if request["op"] == "copy":
+        return _copy(tracked, request.get("runs"))
+    return refused("failed", "nothing of this slot can be opened by another process")
+
+
+# --- copies -------------------------------------------------------------------------------
+
+
+def _copy(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
+    runs = _runs_from(asked)
+    if runs is None:
+        return refused("malformed", f"runs is a list of at most {COPY_RUNS} [address, bytes]")
+    if sum(length for _, length in runs) > COPY_BYTES:
+        return refused("malformed", f"at most {COPY_BYTES} bytes are copied at a time")
+    with _copying:
+        # An event that began before this look waits in `wait_for_copies`, or the look sees it.
+        if not tracked.is_whole:
+            return refused("busy", f"the slot is {tracked.state}, its weights are changing")
+        spans = _spans_of(tracked)
+        if not all(spans.hold(*run) for run in runs):
+            return refused("changed", "an address is outside of the published regions")
+        try:
+            payload = _copier_of(tracked)(runs)
+        except OSError as error:
+            return refused("failed", f"the weights cannot be copied: {error.strerror}")
+    return Answered({"ok": True, "bytes": len(payload)}, payload)
+
+
+def _runs_from(asked: Any) -> Optional[list[Run]]:
+    """The runs of a request; None where they are none."""
+    if not isinstance(asked, list) or len(asked) > COPY_RUNS:
+        return None
+    runs = []
+    for each in asked:
+        if not isinstance(each, list) or len(each) != 2:
+            return None
+        for number in each:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 63:
+                return None
+        runs.append((each[0], each[1]))
+    return runs
+
+
+class _Spans(NamedTuple):
+    """The published regions, made once for a capture."""
+
+    captured: Any
+    starts: list[int]
+    ends: list[int]
+
+    def hold(self, address: int, length: int) -> bool:
+        """Whether the whole run lies in regions, which may touch each other."""
+        end = address + length
+        index = bisect.bisect_right(self.starts, address) - 1
+        while index >= 0 and index < len(self.starts) and self.starts[index] <= address:
+            if end <= self.ends[index]:
+                return True
+            if address >= self.ends[index]:
+                return False
+            address = self.ends[index]
+            index += 1
+        return False
+
+
+_spans: dict[str, _Spans] = {}  # by instance
+
+
+def _spans_of(tracked: Tracked) -> _Spans:
+    captured = tracked.captured
+    found = _spans.get(tracked.instance)
+    if found is None or found.captured is not captured:
+        assert captured is not None
+        regions = document.regions_of(captured)
+        found = _Spans(captured, [each.start for each in regions], [each.end for each in regions])
+        _spans.clear()  # of one slot at a time, which is enough for a reader that reads it whole
+        _spans[tracked.instance] = found
+    return found
+
+
+def _copier_of(tracked: Tracked) -> Any:
+    assert tracked.captured is not None
+    if tracked.captured.device_type == "cuda":
+        return cuda_copy.copied
+    return copied_here
+
+
+def copied_here(runs: Sequence[Run]) -> bytes:
+    """The bytes of runs in this process's own memory.  Raises OSError.
+
+    By process_vm_readv(2), which refuses an address without memory, where a load would end the
+    server.
+    """
+    size = sum(length for _, length in runs)
+    if not size:
+        return b""
+    target = bytearray(size)
+    local = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(target)), size)
+    remote = (ctypes.c_size_t * (2 * len(runs)))(*(number for run in runs for number in run))
+    library = ctypes.CDLL(None, use_errno=True)
+    library.process_vm_readv.restype = ctypes.c_ssize_t
+    got = library.process_vm_readv(
+        ctypes.c_int(os.getpid()),
+        local,
+        ctypes.c_ulong(1),
+        remote,
+        ctypes.c_ulong(len(runs)),
+        ctypes.c_ulong(0),
+    )
+    if got != size:
+        code = ctypes.get_errno() if got < 0 else 14  # EFAULT: a part of it has no memory
+        raise OSError(code, os.strerror(code))
+    return bytes(target)
