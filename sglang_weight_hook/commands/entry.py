@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from . import diff, doctor, history, lookup, plot, regions, report, show, verify, watch  # noqa: F401
+from . import (  # noqa: F401
+    checksum,
+    diff,
+    doctor,
+    history,
+    lookup,
+    plot,
+    regions,
+    report,
+    scrub,
+    show,
+    verify,
+    watch,
+)
 from .app import main
 
 __all__ = ["main"]

@@ -35,3 +35,13 @@ SlotArgument = Annotated[
         help="A slot (0, 0_draft, ...) or a saved layout file; default: the only slot.",
     ),
 ]
+ViaOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--via",
+        metavar="WAY",
+        help="How to reach the server's memory: process (a CPU server's, by the kernel), cuda (a "
+        "GPU's, opened here) or owner (the server copies it; needs SGLANG_WEIGHT_HOOK_SHARE=1); "
+        "default: the first that works.",
+    ),
+]

@@ -10,6 +10,7 @@ from ..reader import Document, HookError, Tensor
 from . import boxes
 from .backend import Backend
 from .bracket import STATES, Bracket
+from .errors import NotReadable
 
 if TYPE_CHECKING:
     import numpy
@@ -46,6 +47,10 @@ class Memory:
         """
         from . import backends
 
+        if not document.is_live:
+            raise NotReadable(
+                "a saved copy of a map has no memory behind it; open the slot with open_slot()"
+            )
         self.document = document
         self._bracket = Bracket(document, states)
         self._backends = backends.Backends(document, via)

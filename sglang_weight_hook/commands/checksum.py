@@ -1,0 +1,87 @@
+"""``sglang-weight-hook checksum``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ..memory import sums
+from ..reader import Document, Tensor
+from .app import ACT, command
+from .options import DirOption, JsonOption, SlotArgument, ViaOption
+from .render.table import Column, print_table
+from .render.text import complain, print_json, print_line, printable, size_text
+from .selection import document_of, heading, is_like, standing
+
+
+@command(
+    "checksum",
+    "sglang-weight-hook checksum\nsglang-weight-hook checksum 0 --match '*.layers.3.*' --json",
+)
+def checksum(
+    slot: SlotArgument = None,
+    directory: DirOption = None,
+    match: Annotated[
+        Optional[str],
+        typer.Option(help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
+    ] = None,
+    via: ViaOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Read the weights of a running server and print a checksum of each tensor.
+
+    The checksum is the one that a server started with SGLANG_WEIGHT_HOOK_CHECKSUM=1 publishes
+    itself (docs/format.md).  Exit status 3 if the server has published another one for the same
+    contents.
+    """
+    document = document_of(directory, slot)
+    published = document.raw.get("checksums") or {}
+    comparable = (
+        published.get("algorithm") == sums.ALGORITHM
+        and published.get("content_generation") == document.content_generation
+    )
+    chosen = [tensor for tensor in document.iter_tensors() if _is_chosen(tensor, match)]
+    left_out = [tensor.name for tensor in chosen if not tensor.resident or tensor.volatile]
+    rows = _summed(document, [each for each in chosen if each.name not in left_out], via)
+    wrong = [
+        tensor.name
+        for tensor, found in rows
+        if comparable and tensor.checksum is not None and tensor.checksum != found
+    ]
+    status = ACT if wrong else 0
+    if as_json:
+        print_json(
+            {
+                **heading(document),
+                "algorithm": sums.ALGORITHM,
+                "checksums": {tensor.name: found for tensor, found in rows},
+                "left_out": left_out,
+                "differ_from_published": wrong,
+            }
+        )
+        return status
+    print_table(
+        [Column("checksum"), Column("size", right=True), Column("name")],
+        [[found, size_text(tensor.size), printable(tensor.name)] for tensor, found in rows],
+    )
+    if left_out:
+        complain(
+            f"{len(left_out)} tensors are left out, whose contents change on the way of a request "
+            f"or are not on the device: {', '.join(left_out[:3])}"
+        )
+    for name in wrong:
+        complain(f"{name} is not what the server has published a checksum of")
+    print_line(f"{len(rows)} tensors, {sums.ALGORITHM}; {standing(document)}")
+    return status
+
+
+def _is_chosen(tensor: Tensor, match: Optional[str]) -> bool:
+    return match is None or any(is_like(name, match) for name in (tensor.name, *tensor.aliases))
+
+
+def _summed(document: Document, chosen: list[Tensor], via: Optional[str]) -> list[tuple[Any, str]]:
+    with document.open_memory(via=via) as memory:
+        rows = [(each, sums.checksum(memory.pieces(each.name))) for each in chosen]
+        memory.check()  # all of them are of one generation
+    return rows

@@ -1,0 +1,204 @@
+"""``sglang-weight-hook scrub``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ..memory.scrub import RETRY_SECONDS, Baseline, Corruption, Event, Pass, Read, Scrubber, Waiting
+from ..reader import HookError, Tensor, open_directory
+from .app import ACT, command
+from .options import DirOption, ViaOption
+from .render import scrub_metrics
+from .render.text import clock, complain, print_line, size_text
+from .selection import is_like, slots_in
+
+_RATE = 10.0  # MiB/s: at most 1 % of a core
+_BASELINE_RATE = 200.0
+
+
+@command(
+    "scrub",
+    "sglang-weight-hook scrub\n"
+    "sglang-weight-hook scrub 0 --once --rate 500\n"
+    "sglang-weight-hook scrub --json --metrics-port 9400 >> scrub.jsonl",
+)
+def scrub(
+    slot: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar="[SLOT]...",
+            show_default=False,
+            help="Slots to watch (0, 0_draft, ...); default: all slots.",
+        ),
+    ] = None,
+    directory: DirOption = None,
+    rate: Annotated[
+        float,
+        typer.Option(help="Read at most so many MiB a second; 0: without a bound.", min=0),
+    ] = _RATE,
+    baseline_rate: Annotated[
+        float,
+        typer.Option(
+            help="The same while a baseline is taken, after each change of the weights.", min=0
+        ),
+    ] = _BASELINE_RATE,
+    match: Annotated[
+        Optional[str],
+        typer.Option(help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
+    ] = None,
+    exclude: Annotated[
+        Optional[list[str]],
+        typer.Option(help="No tensors with a name like GLOB; repeatable.", metavar="GLOB"),
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Stop when each slot was compared with its baseline.")
+    ] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Stop at the first byte that has changed.")
+    ] = False,
+    via: ViaOption = None,
+    metrics_port: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="PORT", help="Serve Prometheus metrics on 127.0.0.1:PORT.", min=1, max=65535
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line for each event.")
+    ] = False,
+) -> int:
+    """Watch the weights of running servers for bytes that change without an update.
+
+    Reads all weights after each update, then again and again, and tells tensor, index, bit, the
+    value before and after of each changed word.  Runs until Ctrl-C or SIGTERM.  Exit status 3 if
+    anything had changed.
+    """
+    found = open_directory(directory)
+    names = [each.name for each in slots_in(found)]
+    for name in slot or []:
+        if name not in names:
+            raise HookError(f"there is no slot {name} in {found.path}; it has {', '.join(names)}")
+    scrubbers = [
+        Scrubber(found.slot(name), _chosen(match, exclude or []), via) for name in slot or names
+    ]
+    report = scrub_metrics.serve(metrics_port) if metrics_port else lambda event: None
+    ended = _ends_with_signals()
+    pace = _Pace({False: rate, True: baseline_rate}, ended)
+    show = _print_json if as_json else _print_event
+    corruptions = 0
+    for event in _merged(scrubbers, once, pace, ended):
+        report(event)
+        if isinstance(event, Read):
+            continue
+        show(event)
+        if isinstance(event, Corruption):
+            corruptions += 1
+            if stop:
+                break
+    return ACT if corruptions else 0
+
+
+def _chosen(match: Optional[str], exclude: list[str]) -> Callable[[Tensor], bool]:
+    def wanted(tensor: Tensor) -> bool:
+        names = (tensor.name, *tensor.aliases)
+        return (match is None or any(is_like(name, match) for name in names)) and not any(
+            is_like(name, pattern) for name in names for pattern in exclude
+        )
+
+    return wanted
+
+
+def _merged(
+    scrubbers: list[Scrubber], once: bool, pace: _Pace, ended: threading.Event
+) -> Iterator[Event]:
+    """The events of all slots, which are read a piece each in turn.  Raises NotReadable."""
+    running = [scrubber.events() for scrubber in scrubbers]
+    while running and not ended.is_set():
+        idle = True
+        for events in list(running):
+            for event in events:
+                yield event
+                if once and isinstance(event, Pass):
+                    running.remove(events)
+                    break
+                if isinstance(event, Read):
+                    idle = idle and not event.bytes
+                    pace.after(event)
+                    break
+        if idle and running:
+            ended.wait(RETRY_SECONDS)
+
+
+class _Pace:
+    """Keeps reading below a rate: bytes a second, by whether a baseline is taken."""
+
+    def __init__(self, rates: dict[bool, float], ended: threading.Event) -> None:
+        self._rates = {kind: rate * (1 << 20) for kind, rate in rates.items()}
+        self._ended = ended
+        self._due = time.monotonic()
+
+    def after(self, read: Read) -> None:
+        rate = self._rates[read.is_baseline]
+        if not rate or not read.bytes:
+            return
+        now = time.monotonic()
+        # What was not used up is not saved for a burst.
+        self._due = max(self._due, now - 1.0) + read.bytes / rate
+        if self._due > now:
+            self._ended.wait(self._due - now)
+
+
+def _ends_with_signals() -> threading.Event:
+    """An event that SIGINT and SIGTERM set."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    return ended
+
+
+def _print_json(event: Any) -> None:
+    kind = type(event).__name__.lower()
+    sys.stdout.write(json.dumps({"event": kind, **event._asdict()}) + "\n")
+    sys.stdout.flush()
+
+
+def _print_event(event: Any) -> None:
+    where = f"{clock(time.time())}  {event.slot}  "
+    if isinstance(event, Waiting):
+        complain(f"{event.why}; waiting")
+    elif isinstance(event, Baseline):
+        print_line(
+            where,
+            f"baseline of content generation {event.content_generation}: {event.tensors} tensors, "
+            f"{size_text(event.bytes)} in {event.seconds:.1f} s by {', '.join(event.via)}",
+        )
+    elif isinstance(event, Pass):
+        says = f"{event.corruptions} changed" if event.corruptions else "unchanged"
+        print_line(
+            where,
+            (says, "bold red" if event.corruptions else "green"),
+            f"  pass {event.number}, {size_text(event.bytes)} in {event.seconds:.1f} s",
+        )
+    else:
+        print_line(where, ("CHANGED", "bold red"), f"  {_described(event)}")
+    sys.stdout.flush()
+
+
+def _described(event: Corruption) -> str:
+    if event.element is None:
+        end = event.offset + event.size
+        return (
+            f"{event.tensor}: several words among the bytes {event.offset} to {end} of its values"
+        )
+    index = ", ".join(map(str, event.element))
+    what = f"bit {event.bit}" if event.bit is not None else f"{event.bits} bits"
+    values = f", {event.before} -> {event.after}" if event.before else ""
+    return f"{event.tensor}[{index}] {what}{values}, at {event.address:#x}"
