@@ -255,6 +255,22 @@ class Region(TypedDict, total=False):
             "memory."
         ),
     ]
+    export: Annotated[
+        Optional[Literal["legacy_ipc", "posix_fd", "fabric", "none"]],
+        Field(
+            "What another process on the machine can open the allocation with. legacy_ipc: a "
+            "handle of cudaIpcGetMemHandle. posix_fd, fabric: a file descriptor or a fabric handle "
+            "of cuMemExportToShareableHandle. none: nothing (memory saver, host memory); the owner "
+            "can copy it. null: not known."
+        ),
+    ]
+    rdma_capable: Annotated[
+        Optional[bool],
+        Field(
+            "Whether the allocation can be registered for RDMA: for memory of a GPU, by GPUDirect "
+            "RDMA. null: not known."
+        ),
+    ]
     tensors: Annotated[
         list[str],
         Field("Canonical names of the tensors in it, by address.", required=True, min_items=1),

@@ -7,3 +7,7 @@ COPY_BYTES = 4 << 20
 COPY_RUNS = 64
 # Allocations that one answer hands over.
 SHARED_ALLOCATIONS = 32
+
+# How the memory of an allocation can be opened by another process: the words of `export`.
+# cudaIpcGetMemHandle; a file descriptor or a fabric handle of memory mapped with cuMemMap; not.
+LEGACY_IPC, POSIX_FD, FABRIC, NO_EXPORT = "legacy_ipc", "posix_fd", "fabric", "none"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Optional
 
 from ..layout.documents import ATTRIBUTE, LORA, PARAMETER
-from . import cuda_driver, identity
+from . import cuda_driver, cuda_export, identity
 from .footprint import Footprint, footprint_of, places_of
 from .kv_cache import kv_cache
 from .rows import Row, allocation_kinds, allocations_of, row_of
@@ -33,6 +33,7 @@ class Capture(NamedTuple):
     # several where the caching allocator maps expandable segments piece by piece.
     allocations: dict[tuple[int, int], list[tuple[int, int]]]
     allocation_kinds: dict[int, str]  # allocation base -> cuda_driver.CUDA_MALLOC or VMM
+    exports: dict[int, cuda_export.Export]  # allocation base -> how others can open it
     kv_cache: list[dict[str, Any]]
     # Names under which torch lists a parameter -> the canonical name of its row.
     torch_names: dict[str, str]
@@ -66,6 +67,7 @@ def capture(runner: Any, footprint: bool = True, without: Collection[str] = ()) 
     tensors = table.tensors
     lora_attributes(tensors)
     allocations = allocations_of(tensors.values())
+    kinds_of_memory = allocation_kinds(allocations)
     return Capture(
         device_type=device_type,
         tensors=tensors,
@@ -73,7 +75,8 @@ def capture(runner: Any, footprint: bool = True, without: Collection[str] = ()) 
         left_out=table.left_out,
         expected={kind: len(named) for kind, named in kinds.items()},
         allocations=allocations,
-        allocation_kinds=allocation_kinds(allocations),
+        allocation_kinds=kinds_of_memory,
+        exports=cuda_export.exports_of(kinds_of_memory),
         kv_cache=kv_cache(runner),
         torch_names=table.torch_names,
         volatile=volatile_names(tensors, walk),
@@ -188,6 +191,7 @@ def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
     return after._replace(
         allocations={**kept, **after.allocations},
         allocation_kinds={**before.allocation_kinds, **after.allocation_kinds},
+        exports={**before.exports, **after.exports},
     )
 
 

@@ -3,7 +3,8 @@
 Only calls that neither synchronise nor allocate: ``cuMemGetAddressRange``,
 ``cuPointerGetAttribute``, ``cuMemRetainAllocationHandle``, ``cuDeviceGetUuid``,
 ``cuDeviceGetPCIBusId``.  Used only when torch has initialised CUDA in
-this process; without CUDA every question answers None.
+this process; without CUDA every question answers None.  What hands out memory or copies it is in
+`cuda_export` and `cuda_copy`.
 """
 
 from __future__ import annotations
@@ -99,10 +100,35 @@ def using_context(context: Optional[int]) -> Iterator[None]:
         library.cuCtxSetCurrent(ctypes.c_void_p(before))
 
 
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+@contextlib.contextmanager
+def outside_captures() -> Iterator[None]:
+    """What this thread calls inside is no part of a CUDA graph that another thread captures.
+
+    While SGLang captures one, calls of other threads that allocate or synchronise would break it
+    (``cuThreadExchangeStreamCaptureMode``, CUDA driver API, stream management).
+    """
+    exchange = getattr(_library(), "cuThreadExchangeStreamCaptureMode", None)
+    mode = ctypes.c_int(_RELAXED)
+    if exchange is None or exchange(ctypes.byref(mode)) != 0:
+        yield
+        return
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
 # CUpointer_attribute values (cuda.h).
+_MEMORY_TYPE = 2
 _IS_MANAGED = 8
+_DEVICE_ORDINAL = 9
 _IS_LEGACY_CUDA_IPC_CAPABLE = 10
 _MEMPOOL_HANDLE = 17
+
+_ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 
 CUDA_MALLOC, VMM, IMPORTED = "cuda_malloc", "vmm", "imported"
 
@@ -143,6 +169,35 @@ def _attribute(library: Any, attribute: int, address: int) -> Optional[int]:
     return value.value if status == 0 else None
 
 
+def is_device_memory(address: int, size: int) -> bool:
+    """Whether all ``size`` bytes at ``address`` are mapped memory of a device."""
+    library = _library()
+    return (
+        library is not None
+        and bool(allocations_under(address, size))
+        and _attribute(library, _MEMORY_TYPE, address) == _ON_DEVICE
+    )
+
+
+def device_of(address: int) -> Optional[int]:
+    """Ordinal of the device that the memory at ``address`` is on."""
+    library = _library()
+    return None if library is None else _attribute(library, _DEVICE_ORDINAL, address)
+
+
+def device_attribute(ordinal: int, attribute: int) -> Optional[int]:
+    """``cuDeviceGetAttribute`` (CUdevice_attribute in cuda.h) of a visible device."""
+    library = _library()
+    device, value = ctypes.c_int(), ctypes.c_int()
+    if (
+        library is None
+        or library.cuDeviceGet(ctypes.byref(device), ctypes.c_int(ordinal)) != 0
+        or library.cuDeviceGetAttribute(ctypes.byref(value), ctypes.c_int(attribute), device) != 0
+    ):
+        return None
+    return value.value
+
+
 def device_identity(ordinal: int) -> tuple[Optional[str], Optional[str]]:
     """UUID (``GPU-…``, as nvidia-smi prints it) and PCI bus id of a visible device."""
     library = _library()
@@ -151,13 +206,25 @@ def device_identity(ordinal: int) -> tuple[Optional[str], Optional[str]]:
     device = ctypes.c_int()
     if library.cuDeviceGet(ctypes.byref(device), ctypes.c_int(ordinal)) != 0:
         return None, None
-    raw = (ctypes.c_ubyte * 16)()
-    get_uuid = getattr(library, "cuDeviceGetUuid_v2", None) or library.cuDeviceGetUuid
-    gpu_uuid = None
-    if get_uuid(ctypes.byref(raw), device) == 0:
-        gpu_uuid = "GPU-" + str(uuid.UUID(bytes=bytes(raw)))
     text = ctypes.create_string_buffer(32)
     bus_id = None
     if library.cuDeviceGetPCIBusId(text, ctypes.c_int(len(text)), device) == 0:
         bus_id = text.value.decode("ascii", "replace")
-    return gpu_uuid, bus_id
+    return _uuid_of(library, device), bus_id
+
+
+def current_device_uuid() -> Optional[str]:
+    """UUID of the device of this thread's current context."""
+    library = _library()
+    device = ctypes.c_int()
+    if library is None or library.cuCtxGetDevice(ctypes.byref(device)) != 0:
+        return None
+    return _uuid_of(library, device)
+
+
+def _uuid_of(library: Any, device: ctypes.c_int) -> Optional[str]:
+    raw = (ctypes.c_ubyte * 16)()
+    get_uuid = getattr(library, "cuDeviceGetUuid_v2", None) or library.cuDeviceGetUuid
+    if get_uuid(ctypes.byref(raw), device) != 0:
+        return None
+    return "GPU-" + str(uuid.UUID(bytes=bytes(raw)))

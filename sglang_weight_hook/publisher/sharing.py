@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..layout.sharing import COPY_BYTES, COPY_RUNS
-from . import cuda_copy, document
+from . import cuda_copy, cuda_driver, cuda_export, document
 from .control import Answered, refused
 
 if TYPE_CHECKING:
@@ -52,7 +52,33 @@ def answer(tracked: Tracked, request: dict[str, Any]) -> Union[dict[str, Any], A
         return refused("changed", "it is another runner's now")
     if request["op"] == "copy":
         return _copy(tracked, request.get("runs"))
-    return refused("failed", "nothing of this slot can be opened by another process")
+    return _share(tracked, [request.get("ptr"), request.get("size")])
+
+
+# --- allocations of a GPU -----------------------------------------------------------------
+
+
+def _share(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
+    """What the allocations under a run are opened with, from the first one on."""
+    runs = _runs_from([asked])
+    if runs is None:
+        return refused("malformed", "ptr and size are numbers of bytes")
+    ((address, size),) = runs
+    with _copying:
+        if not tracked.is_whole:
+            return refused("busy", f"the slot is {tracked.state}, its weights are changing")
+        if not _is_on_cuda(tracked):
+            return refused("failed", "the weights are in no CUDA device's memory")
+        if size and not _spans_of(tracked).hold(address, size):
+            return refused("changed", "an address is outside of the published regions")
+        with cuda_driver.using_context(tracked.cuda_context), cuda_driver.outside_captures():
+            uuid = cuda_driver.current_device_uuid()
+            try:
+                allocations, descriptors, end = cuda_export.handed_over(address, size)
+            except OSError as error:
+                return refused("failed", f"the memory cannot be shared: {error.strerror}")
+    answer = {"ok": True, "device_uuid": uuid, "end": end, "allocations": allocations}
+    return Answered(answer, descriptors=descriptors)
 
 
 # --- copies -------------------------------------------------------------------------------
@@ -72,7 +98,7 @@ def _copy(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
         if not all(spans.hold(*run) for run in runs):
             return refused("changed", "an address is outside of the published regions")
         try:
-            payload = _copier_of(tracked)(runs)
+            payload = _copied(tracked, runs)
         except OSError as error:
             return refused("failed", f"the weights cannot be copied: {error.strerror}")
     return Answered({"ok": True, "bytes": len(payload)}, payload)
@@ -129,11 +155,17 @@ def _spans_of(tracked: Tracked) -> _Spans:
     return found
 
 
-def _copier_of(tracked: Tracked) -> Any:
-    assert tracked.captured is not None
-    if tracked.captured.device_type == "cuda":
-        return cuda_copy.copied
-    return copied_here
+def _is_on_cuda(tracked: Tracked) -> bool:
+    return tracked.captured is not None and tracked.captured.device_type == "cuda"
+
+
+def _copied(tracked: Tracked, runs: Sequence[Run]) -> bytes:
+    """The bytes of runs.  Raises OSError."""
+    if not _is_on_cuda(tracked):
+        return copied_here(runs)
+    # The background thread has no context of its own.
+    with cuda_driver.using_context(tracked.cuda_context):
+        return cuda_copy.copied(runs)
 
 
 def copied_here(runs: Sequence[Run]) -> bytes:

@@ -134,13 +134,17 @@ class Region(NamedTuple):
     allocation_kind: Optional[str]  # ``cuda_malloc``, ``vmm``, ``imported``; None: not told
     tensors: tuple[str, ...]  # canonical names
     raw: Mapping[str, Any]
+    # What another process can open the allocation with: ``legacy_ipc``, ``posix_fd``, ``fabric``
+    # or ``none``.  None: not told.
+    export: Optional[str] = None
+    rdma_capable: Optional[bool] = None  # whether it can be registered for RDMA; None: not told
 
     @classmethod
     def from_raw(cls, raw: Any) -> Region:
         """From an entry of the layout's ``regions``.  Raises HookError where it is none."""
         fields = Fields("a region", raw)
         ptr, size = fields.number("ptr"), fields.number("size")
-        kind = raw.get("allocation_kind")
+        kind, rdma_capable = raw.get("allocation_kind"), raw.get("rdma_capable")
         return cls(
             ptr=ptr,
             size=size,
@@ -151,6 +155,8 @@ class Region(NamedTuple):
             allocation_kind=None if kind is None else fields.text("allocation_kind"),
             tensors=fields.texts("tensors"),
             raw=raw,
+            export=None if raw.get("export") is None else fields.text("export"),
+            rdma_capable=rdma_capable if isinstance(rdma_capable, bool) else None,
         )
 
     @property

@@ -136,7 +136,11 @@ def test_the_reader_of_0_1_reads_what_is_published_today(
     assert told["raw"]["tensors"] == today.tensors
     assert told["raw"]["regions"] == today.regions
     # What it makes of them is what today's reader makes of them, and what torch says.
-    assert told["regions"] == [json.loads(json.dumps(list(r))) for r in today.iter_regions()]
+    # 0.1's fields come first in today's, in the same order.
+    fields = 9
+    assert told["regions"] == [
+        json.loads(json.dumps(list(region)))[:fields] for region in today.iter_regions()
+    ]
     assert [buffer[0] for buffer in told["kv_cache"]] == ["k_buffer.0", "v_buffer.0"]
     assert told["changed"]["must_register_again"] is False
     names = {alias: name for name, t in today.tensors.items() for alias in (name, *t["aliases"])}
@@ -146,7 +150,6 @@ def test_the_reader_of_0_1_reads_what_is_published_today(
         assert {field: published[field] for field in tensor} == tensor, name
     typed = {tensor.name: tensor for tensor in today.iter_tensors()}
     for tensor in told["tensors"]:
-        # 0.1's fields come first in today's, in the same order.
         assert json.loads(json.dumps(list(typed[tensor[0]])))[: len(tensor)] == tensor
     for name, hits in told["found"].items():
         assert name in hits
