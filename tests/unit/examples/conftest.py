@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -59,3 +60,36 @@ def print_regions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if made.returncode:  # a compiler without the sanitizers' libraries
         subprocess.run([compiler, *flags, "-o", str(program), source], check=True)
     return program
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
+    """A directory with documents as they are given; the owner lock is held by this process."""
+    folder = tmp_path / "by hand"
+    folder.mkdir()
+    (folder / "weight_saving_0.lock").touch()
+    with open(folder / "weight_owner_0.lock", "wb") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+
+        def write(layout: str, state: str) -> Path:
+            (folder / "weight_layout_0.json").write_text(layout)
+            (folder / "weight_state_0.json").write_text(state)
+            return folder
+
+        yield write
+
+
+@pytest.fixture
+def run_c(print_regions: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the C example on a slot, in little memory and not for long."""
+
+    def run(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(print_regions), *options, str(directory), "0"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+
+    return run

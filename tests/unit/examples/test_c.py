@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from documents_by_hand import LAYOUT, LINE, OWNER, STATE
 from example_programs import Publisher
 
 from sglang_weight_hook.layout import files
@@ -87,48 +88,18 @@ def test_c_refuses_a_wrong_directory_and_wrong_usage(print_regions: Path, tmp_pa
     assert subprocess.run([str(print_regions)], capture_output=True, check=False).returncode == 2
 
 
-LAYOUT = (
-    '{"schema": "sglang-weight-layout", "schema_version": 1, "layout_generation": 1, '
-    '"identity": {"pid": 7, "x": {"pid": 8}}, "tensors": {"regions": [1], "\\"": "}"}, '
-    '"regions": [{"tensors": ["]"], "ptr": 18446744073709551000, "size": 16, "device": "cuda:0", '
-    '"allocation_ptr": 4096, "allocation_size": 8192}], "more": [true, null, -1.5e3]}'
-)
-STATE = (
-    '{"schema": "sglang-weight-state", "schema_version": 1, "state": "ready", '
-    '"layout_generation": 1, "pid": 7}'
-)
-
-
-@pytest.fixture
-def by_hand(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
-    """A directory with documents as they are given, and a living owner."""
-    folder = tmp_path / "by hand"
-    folder.mkdir()
-    (folder / "weight_saving_0.lock").touch()
-    with open(folder / "weight_owner_0.lock", "wb") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX)
-
-        def write(layout: str, state: str) -> Path:
-            (folder / "weight_layout_0.json").write_text(layout)
-            (folder / "weight_state_0.json").write_text(state)
-            return folder
-
-        yield write
-
-
 def test_c_reads_json_by_its_grammar_and_64_bits(
     by_hand: Callable[[str, str], Path], print_regions: Path
 ) -> None:
     done = run_c(print_regions, by_hand(LAYOUT, STATE))
-    assert done.stdout == "18446744073709551000 16 cuda:0 4096 8192\n"
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", LINE)
 
 
 def test_c_takes_no_layout_of_another_instance(
     by_hand: Callable[[str, str], Path], print_regions: Path
 ) -> None:
-    state = STATE.replace('"pid": 7', '"pid": 7, "instance": "aa"')
-    layout = LAYOUT.replace('{"pid": 7, "x": {"pid": 8}}', '{"pid": 7}, "instance": "%s"')
+    state = STATE.replace(OWNER, OWNER + ', "instance": "aa"')
+    layout = LAYOUT.replace('"identity"', '"instance": "%s", "identity"')
     same = run_c(print_regions, by_hand(layout % "aa", state))
     assert (same.returncode, same.stderr) == (0, "")
     done = run_c(print_regions, by_hand(layout % "bb", state))
