@@ -18,6 +18,7 @@ import typer
 
 from .. import __version__
 from ..reader import HookError
+from ..reader.errors import Stale
 from .render.text import complain
 
 NO_ANSWER, USAGE, ACT = 1, 2, 3
@@ -70,6 +71,9 @@ def command(name: str, show: str) -> Callable[[Callable[..., Any]], Callable[...
             except Misused as error:
                 complain(str(error))
                 status = USAGE
+            except Stale as error:
+                complain(str(error))
+                status = ACT
             except HookError as error:
                 complain(str(error))
                 status = NO_ANSWER

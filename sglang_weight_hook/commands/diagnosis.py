@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Optional
 
 from .. import __version__
 from ..layout import location, variables
+from . import memory_access
 from .sglang_sources import Sources
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -86,6 +87,7 @@ def diagnose(directory: Optional[str] = None) -> Diagnosis:
     facts += _sglang(data, entries)
     facts += _environment(data)
     facts += _directory(directory, data)
+    facts += [Fact("Memory", *found) for found in memory_access.found_in(data["directory"]["path"])]
     return Diagnosis(facts, entries, data)
 
 

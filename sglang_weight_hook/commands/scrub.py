@@ -22,6 +22,7 @@ from .selection import is_like, slots_in
 
 _RATE = 10.0  # MiB/s: at most 1 % of a core
 _BASELINE_RATE = 200.0
+_EVERY = 10.0  # seconds
 
 
 @command(
@@ -34,7 +35,7 @@ def scrub(
     slot: Annotated[
         Optional[list[str]],
         typer.Argument(
-            metavar="[SLOT]...",
+            metavar="SLOT",
             show_default=False,
             help="Slots to watch (0, 0_draft, ...); default: all slots.",
         ),
@@ -42,14 +43,25 @@ def scrub(
     directory: DirOption = None,
     rate: Annotated[
         float,
-        typer.Option(help="Read at most so many MiB a second; 0: without a bound.", min=0),
+        typer.Option(
+            metavar="MIB", help="Read at most so many MiB a second; 0: without a bound.", min=0
+        ),
     ] = _RATE,
     baseline_rate: Annotated[
         float,
         typer.Option(
-            help="The same while a baseline is taken, after each change of the weights.", min=0
+            metavar="MIB",
+            help="Read at most so many MiB a second for a baseline, which is taken after each "
+            "change of the weights; 0: without a bound.",
+            min=0,
         ),
     ] = _BASELINE_RATE,
+    every: Annotated[
+        float,
+        typer.Option(
+            metavar="S", help="Let S seconds pass between the beginnings of two passes.", min=0
+        ),
+    ] = _EVERY,
     match: Annotated[
         Optional[str],
         typer.Option(help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
@@ -77,9 +89,9 @@ def scrub(
 ) -> int:
     """Watch the weights of running servers for bytes that change without an update.
 
-    Reads all weights after each update, then again and again, and tells tensor, index, bit, the
-    value before and after of each changed word.  Runs until Ctrl-C or SIGTERM.  Exit status 3 if
-    anything had changed.
+    Reads all weights after each update, then again and again, and tells of each word that has
+    changed its tensor, index and bit and the value before and after.  Runs until Ctrl-C or
+    SIGTERM.  Exit status 3 if anything had changed.
     """
     found = open_directory(directory)
     names = [each.name for each in slots_in(found)]
@@ -87,7 +99,8 @@ def scrub(
         if name not in names:
             raise HookError(f"there is no slot {name} in {found.path}; it has {', '.join(names)}")
     scrubbers = [
-        Scrubber(found.slot(name), _chosen(match, exclude or []), via) for name in slot or names
+        Scrubber(found.slot(name), _chosen(match, exclude or []), via, every)
+        for name in slot or names
     ]
     report = scrub_metrics.serve(metrics_port) if metrics_port else lambda event: None
     ended = _ends_with_signals()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..reader.errors import HookError
+from ..reader.errors import HookError, Stale
 
 
-class Changed(HookError):
+class Changed(Stale):
     """The weights are no longer those that the document describes: read the document again.
 
     An update or a release has begun, is under way or has ended since; or the owner has exited.

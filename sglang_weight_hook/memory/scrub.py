@@ -88,8 +88,12 @@ class Scrubber:
         slot: Slot,
         wanted: Callable[[Tensor], bool] = lambda tensor: True,
         via: Optional[str] = None,
+        every: float = 0.0,
     ) -> None:
+        """``wanted``: which tensors; ``every``: seconds between the beginnings of two passes."""
         self.slot = slot
+        self._every = every
+        self._began = -every
         self.via = via
         self._wanted = wanted
         self._sums: dict[str, Any] = {}  # by tensor: the sums of its blocks
@@ -102,6 +106,9 @@ class Scrubber:
         while True:
             why = None
             try:
+                if self._rests():
+                    yield Read(0, False)
+                    continue
                 document = self.slot.read(0.0)
                 why = self._cannot_be_read(document)
                 if why is None:
@@ -117,6 +124,19 @@ class Scrubber:
                     told = why
                 yield Read(0, False)
 
+    def _rests(self) -> bool:
+        """Whether the last pass was a moment ago and nothing has changed since: one small read."""
+        if self._key is None or time.monotonic() >= self._began + self._every:
+            return False
+        header = self.slot.header()
+        return header.state == READY and self._key == (
+            header.instance,
+            header.pid,
+            header.layout_generation,
+            header.content_generation,
+            header.physical_epoch,
+        )
+
     def _cannot_be_read(self, document: Document) -> Optional[str]:
         if not document.owner_alive():
             return f"the owner of slot {self.slot.name} has exited"
@@ -126,17 +146,12 @@ class Scrubber:
 
     def _once(self, document: Document) -> Iterator[Event]:
         """One reading of all weights: the baseline, or a pass against it."""
-        key = (
-            document.instance,
-            document.state.get("pid"),
-            document.layout_generation,
-            document.content_generation,
-            document.physical_epoch,
-        )
+        key = _key(document)
         is_baseline = key != self._key
         if is_baseline:
             self._key, self._passes = None, 0
-        began, total, found = time.monotonic(), 0, 0
+        began = self._began = time.monotonic()
+        total = found = 0
         tensors = [tensor for tensor in document.iter_tensors() if self._covers(tensor)]
         taken: dict[str, Any] = {}
         ways = set()
@@ -160,7 +175,7 @@ class Scrubber:
             memory.check()
         seconds = time.monotonic() - began
         if is_baseline:
-            self._sums, self._key = taken, key
+            self._sums, self._key, self._began = taken, key, -self._every
             yield Baseline(
                 self.slot.name,
                 document.instance,
@@ -205,6 +220,17 @@ class Scrubber:
                 )
             else:
                 yield _described(self.slot.name, tensor, generation, offset, change, block)
+
+
+def _key(document: Document) -> tuple[Any, ...]:
+    """What a baseline is of."""
+    return (
+        document.instance,
+        document.state.get("pid"),
+        document.layout_generation,
+        document.content_generation,
+        document.physical_epoch,
+    )
 
 
 def _pieces(memory: Memory, tensor: Tensor) -> Iterator[tuple[int, Any]]:

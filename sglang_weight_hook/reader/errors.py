@@ -7,6 +7,10 @@ class HookError(Exception):
     """Anything that keeps a map from being read; the message says what to do about it."""
 
 
+class Stale(HookError):
+    """What was asked for is not true any more, or not at the moment: look again before acting."""
+
+
 class ControlError(HookError):
     """The owner of a slot could not be asked, or has no answer that can be relied on."""
 
