@@ -14,7 +14,7 @@ from typing import Any
 
 from ..layout.sharing import COPY_BYTES, COPY_RUNS
 from ..layout.variables import SHARE
-from ..reader import ControlError, Document, HookError, Tensor
+from ..reader import ControlError, Document, HookError, NotAllowed, Tensor
 from ..reader.conversation import Conversation
 from .backend import Run
 from .errors import Changed, NotReadable
@@ -69,6 +69,8 @@ class OwnerMemory:
         while True:
             try:
                 answer = self._conversation.ask(request)
+            except NotAllowed as error:
+                raise NotReadable(str(error)) from error
             except ControlError as error:
                 raise Changed(str(error)) from error
             if answer.get("error") != "busy" or time.monotonic() > deadline:

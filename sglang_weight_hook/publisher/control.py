@@ -174,10 +174,11 @@ class ControlSocket:
             peer.setblocking(False)
             found = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             _, uid, _ = _CREDENTIALS.unpack(found)
-            if (
-                uid not in {0, os.geteuid(), *self._users}
-                or len(self._connections) >= MAX_CONNECTIONS
-            ):
+            if uid not in {0, os.geteuid(), *self._users}:
+                peer.send(_line_of(refused("not_allowed", f"user {uid} may not ask")))
+                peer.close()
+                return
+            if len(self._connections) >= MAX_CONNECTIONS:
                 peer.close()
                 return
         except OSError:
@@ -231,8 +232,7 @@ class ControlSocket:
                     answered = refused("failed", repr(error))
         if not isinstance(answered, Answered):
             answered = Answered(answered)
-        text = json.dumps(answered.answer).encode("ascii") + b"\n"
-        connection.unsent.append(memoryview(text))
+        connection.unsent.append(memoryview(_line_of(answered.answer)))
         connection.descriptors = answered.descriptors
         if answered.payload:
             connection.unsent.append(memoryview(answered.payload))
@@ -286,6 +286,10 @@ class ControlSocket:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         self._wake_read = self._wake_write = -1
+
+
+def _line_of(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer).encode("ascii") + b"\n"
 
 
 class _Connection:

@@ -63,7 +63,8 @@ class Conversation:
         slot = self._slot
         with self._explained():
             self._peer.settimeout(self._left())
-            self._peer.sendall(json.dumps(request).encode("ascii") + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # it may have said why before it hung up
+                self._peer.sendall(json.dumps(request).encode("ascii") + b"\n")
             line = self._line()
         if not line.endswith(b"\n"):
             if len(line) > MAX_ANSWER:
@@ -75,6 +76,8 @@ class Conversation:
             raise garbled(slot, f"it is not JSON ({error})") from error
         if not isinstance(answer, dict):
             raise garbled(slot, "it is no JSON object")
+        if answer.get("error") == "not_allowed":
+            raise _not_allowed(slot)
         return answer
 
     def take_into(self, target: memoryview) -> None:
@@ -208,10 +211,7 @@ def _address(directory: str, name: str) -> Iterator[bytes]:
 
 def _unreachable(slot: Slot, state: Mapping[str, Any], name: str, error: OSError) -> ControlError:
     if error.errno in (errno.EACCES, errno.EPERM):
-        return NotAllowed(
-            f"the control socket of slot {slot.name} is another user's; ask as the user that runs "
-            f"the server, or as root"
-        )
+        return _not_allowed(slot)
     if not slot.owner_alive():
         return _gone(slot, state)
     if error.errno == errno.ENOENT:
@@ -223,6 +223,13 @@ def _unreachable(slot: Slot, state: Mapping[str, Any], name: str, error: OSError
     return ControlError(
         f"the owner of slot {slot.name} cannot be asked over {name}: {error.strerror or error}; "
         f"ask on the machine and in the container where the server runs"
+    )
+
+
+def _not_allowed(slot: Slot) -> NotAllowed:
+    return NotAllowed(
+        f"the control socket of slot {slot.name} is another user's; ask as the user that runs the "
+        f"server, or as root"
     )
 
 
