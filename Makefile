@@ -5,8 +5,10 @@ TOOLS := .cache/tools
 BIN := $(TOOLS)/bin
 # Tests side by side.  A real server wants a core and 2 GB.
 JOBS ?= 2
+# How long fuzz-c runs.
+SECONDS ?= 170
 
-.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-truth test-gpu stress lint pre-commit bench tools clean
+.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-truth test-gpu stress fuzz-c lint pre-commit bench tools clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -39,6 +41,9 @@ test-gpu: tools ## on a machine with a CUDA device and SGLang
 
 stress: tools ## tries to break it, with real processes (about an hour; docs/stress.md)
 	$(BIN)/python -m pytest -q -s --long tests/stress
+
+fuzz-c: tools ## the C example under sanitizers, on damaged files (SECONDS=170; prints its seed)
+	$(BIN)/python -m tests.stress.fuzz_print_regions --seconds $(SECONDS)
 
 lint: tools ## ruff, mypy --strict, who imports whom, generated pages up to date
 	$(BIN)/ruff check .

@@ -102,7 +102,7 @@ struct json {
     int depth;
 };
 
-struct text { /* the inside of a string, escapes as they stand */
+struct text { /* the inside of a string, escapes as they stand; NULL where there is none */
     const char *start;
     size_t length;
 };
@@ -293,12 +293,12 @@ static bool skip_value(struct json *json)
     }
 }
 
-/* A text; of anything else, null for example, an empty one. */
-static bool read_any_text(struct json *json, struct text *text)
+/* A text, or null, which `start` then is. */
+static bool read_text_or_null(struct json *json, struct text *text)
 {
     skip_space(json);
-    text->length = 0;
-    return *json->at == '"' ? read_text(json, text) : skip_value(json);
+    *text = (struct text){NULL, 0};
+    return *json->at == '"' ? read_text(json, text) : skip_word(json, "null");
 }
 
 static bool at_end(struct json *json, const char *end)
@@ -309,12 +309,13 @@ static bool at_end(struct json *json, const char *end)
 
 static bool is(struct text text, const char *expected)
 {
-    return text.length == strlen(expected) && memcmp(text.start, expected, text.length) == 0;
+    return text.start != NULL && text.length == strlen(expected) &&
+           memcmp(text.start, expected, text.length) == 0;
 }
 
 /* --- the documents ------------------------------------------------------------------------ */
 
-/* A process, as it is told from every other one; `boot_id` is empty where it is not known. */
+/* A process, as it is told from every other one. */
 struct process {
     uint64_t pid, start_ticks;
     bool has_start_ticks;
@@ -337,11 +338,11 @@ static bool read_process_field(struct json *json, struct text key, struct docume
     if (is(key, "pid"))
         return found->has_pid = read_u64(json, &process->pid);
     if (is(key, "boot_id"))
-        return read_any_text(json, &process->boot_id);
+        return read_text_or_null(json, &process->boot_id);
     if (is(key, "hostname"))
-        return read_any_text(json, &found->hostname);
+        return read_text_or_null(json, &found->hostname);
     if (is(key, "pid_namespace"))
-        return read_any_text(json, &found->pid_namespace);
+        return read_text_or_null(json, &found->pid_namespace);
     if (!is(key, "process_start_ticks"))
         return skip_value(json);
     skip_space(json);
@@ -356,14 +357,16 @@ static bool read_identity(struct json *json, struct document *found)
     bool first = true, ended;
     if (!take(json, '{'))
         return false;
+    memset(&found->process, 0, sizeof found->process);
+    found->has_pid = false;
     while (next_key(json, &first, &ended, &key))
         if (!read_process_field(json, key, found))
             return false;
     return found->has_identity = ended;
 }
 
-/* The fields of the state document, or of the layout document, whose process is in `identity`. */
-static bool read_fields(const char *text, size_t size, struct document *found)
+/* The fields of the layout document, whose process is in `identity`, or of the state document. */
+static bool read_fields(const char *text, size_t size, bool layout, struct document *found)
 {
     struct json json = {text, 0};
     struct text key;
@@ -378,14 +381,14 @@ static bool read_fields(const char *text, size_t size, struct document *found)
         else if (is(key, "state"))
             fine = read_text(&json, &found->state);
         else if (is(key, "instance"))
-            fine = read_any_text(&json, &found->instance);
+            fine = read_text_or_null(&json, &found->instance);
         else if (is(key, "schema_version"))
             fine = read_u64(&json, &found->schema_version);
         else if (is(key, "layout_generation"))
             fine = found->has_layout_generation = read_u64(&json, &found->layout_generation);
         else if (is(key, "content_generation"))
             fine = found->has_content_generation = read_u64(&json, &found->content_generation);
-        else if (is(key, "identity"))
+        else if (layout && is(key, "identity"))
             fine = read_identity(&json, found);
         else if (is(key, "regions")) {
             found->regions = json.at;
@@ -395,7 +398,7 @@ static bool read_fields(const char *text, size_t size, struct document *found)
             found->has_tensors = *json.at == '{';
             fine = skip_value(&json);
         } else
-            fine = read_process_field(&json, key, found);
+            fine = layout ? skip_value(&json) : read_process_field(&json, key, found);
         if (!fine)
             return false;
     }
@@ -405,8 +408,9 @@ static bool read_fields(const char *text, size_t size, struct document *found)
 
 static bool same_text(struct text one, struct text other)
 {
-    return one.length == other.length &&
-           (one.length == 0 || memcmp(one.start, other.start, one.length) == 0);
+    if (one.start == NULL || other.start == NULL)
+        return one.start == other.start;
+    return one.length == other.length && memcmp(one.start, other.start, one.length) == 0;
 }
 
 static bool same_process(struct process one, struct process other)
@@ -419,7 +423,7 @@ static bool same_process(struct process one, struct process other)
  * the other, and their generations begin anew.  Release 0.1 of the server does not tell. */
 static bool same_instance(struct text one, struct text other)
 {
-    return one.length == 0 || other.length == 0 || same_text(one, other);
+    return one.start == NULL || other.start == NULL || same_text(one, other);
 }
 
 static bool belong_together(struct document one, struct document other)
@@ -571,7 +575,7 @@ static enum found read_document(const char *path, const char *schema, struct doc
     if (found != FOUND)
         return found;
     bool layout = strcmp(schema, "sglang-weight-layout") == 0;
-    if (!read_fields(*text, size, document) || !is(document->schema, schema) ||
+    if (!read_fields(*text, size, layout, document) || !is(document->schema, schema) ||
         (layout ? !document->has_identity || !document->has_tensors || !document->regions
                 : document->state.length == 0))
         note_problem("%s is no %s document; " FOREIGN, path, schema);
@@ -656,7 +660,7 @@ static bool is_this_host(struct text name)
 static bool is_of_this_boot(struct process process, struct text hostname)
 {
     char mine[64];
-    if (process.boot_id.length == 0 ||
+    if (process.boot_id.start == NULL ||
         !read_line("/proc/sys/kernel/random/boot_id", mine, sizeof mine))
         return is_this_host(hostname); /* not Linux: the name is all there is */
     return is(process.boot_id, mine);
@@ -700,7 +704,7 @@ static int shares_namespace(struct process owner, const char *layout_path)
     int answer = -1;
     if (read_document(layout_path, "sglang-weight-layout", &layout, &text) != FOUND)
         return answer;
-    if (same_process(layout.process, owner) && layout.pid_namespace.length > 0)
+    if (same_process(layout.process, owner) && layout.pid_namespace.start != NULL)
         answer = readlink("/proc/self/ns/pid", mine, sizeof mine - 1) > 0 &&
                  is(layout.pid_namespace, mine);
     free(text);
@@ -872,12 +876,14 @@ static void follow_header(const char *path, unsigned long wanted)
 {
     unsigned char copy[HEADER_SIZE];
     struct header header = map_header(path);
-    uint64_t known = 1; /* odd, so never that of a whole header */
+    uint64_t known = 0;
+    bool knows = false; /* any number may be the first one */
     for (unsigned long printed = 0; printed < wanted;) {
-        if (sequence_of(header) != known) {
+        if (!knows || sequence_of(header) != known) {
             if (!read_header(header, copy))
                 quit(NOT_NOW, "%s is not consistent: its owner was stopped or killed", path);
             memcpy(&known, copy + SEQUENCE_AT, sizeof known);
+            knows = true;
             print_header(path, copy);
             printed++;
         } else {
@@ -885,7 +891,7 @@ static void follow_header(const char *path, unsigned long wanted)
             if (!is_current(header, path)) {
                 munmap((void *)header.bytes, HEADER_SIZE);
                 header = map_header(path);
-                known = 1;
+                knows = false;
             }
         }
     }

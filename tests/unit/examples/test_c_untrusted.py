@@ -205,6 +205,7 @@ def test_every_truncation_is_refused(by_hand: Write, run_c: Run) -> None:
         ('"layout_generation": 1', '"layout_generation": -1'),
         ('"pid": ', '"x": '),
         ('"process_start_ticks": ', '"process_start_ticks": 1.'),
+        ('"boot_id": ', '"boot_id": [], "x": '),
     ],
 )
 def test_a_document_without_a_field_that_counts_is_refused(
@@ -212,6 +213,8 @@ def test_a_document_without_a_field_that_counts_is_refused(
 ) -> None:
     assert field in LAYOUT
     assert field in STATE
+    if field == '"pid": ':  # only the one in `identity` counts
+        refused(run_c(by_hand(LAYOUT.replace(field, new, 1)[:-1] + ', "pid": 7}', STATE)), "is no")
     refused(run_c(by_hand(LAYOUT.replace(field, new, 1), STATE)), "is no sglang-weight-layout")
     refused(run_c(by_hand(LAYOUT, STATE.replace(field, new, 1))), "is no sglang-weight-state")
 
@@ -223,6 +226,21 @@ def test_a_state_without_its_state_and_a_layout_without_tensors(by_hand: Write, 
     for name in ("tensors", "identity"):
         layout = LAYOUT.replace(f'"{name}": {{', '"x": {', 1)
         refused(run_c(by_hand(layout, STATE)), "is no sglang-weight-layout")
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "status"),
+    [('"a"', '"a"', 0), ("null", '"a"', 0), ('""', '"a"', 3), ("[]", '"a"', 1), ('"a"', "1", 1)],
+)
+def test_an_instance_is_a_text_or_not_known(
+    mine: str, theirs: str, status: int, by_hand: Write, run_c: Run
+) -> None:
+    state, layout = (
+        document.replace('"schema"', f'"instance": {instance}, "schema"')
+        for document, instance in ((STATE, mine), (LAYOUT, theirs))
+    )
+    done = run_c(by_hand(layout, state))
+    assert (done.returncode, done.stdout) == (status, "" if status else LINE)
 
 
 A_REGION = '{"ptr": 4096, "size": 16, "device": "cuda:0"}'
@@ -260,6 +278,14 @@ def test_a_header_that_is_cut_short_while_it_is_polled(by_hand: Write, print_reg
     said, complained = reader.communicate(timeout=20)
     assert (reader.returncode, said) == (1, "")
     assert complained == "print_regions: the header was cut short while it was read\n"
+
+
+def test_a_header_that_its_owner_left_at_the_first_write(by_hand: Write, run_c: Run) -> None:
+    folder = by_hand(LAYOUT, STATE)
+    (folder / "weight_header_0.bin").write_bytes(pack(A_HEADER._replace(sequence=1)))
+    done = run_c(folder, "--header")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "is not consistent" in done.stderr
 
 
 def test_a_header_whose_sequence_is_0_is_read_like_any_other(by_hand: Write, run_c: Run) -> None:
