@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Say when the weights of a slot have changed: one line a change, on stdout.
 #
 #     ./watch.sh weights_metadata 0
@@ -18,53 +18,81 @@ set -u
 directory=${1:?usage: watch.sh DIRECTORY SLOT}
 slot=${2:?usage: watch.sh DIRECTORY SLOT}
 interval=${INTERVAL:-0.5}
+
+case $interval in
+*[!0-9.]* | *.*.* | .) echo "watch.sh: INTERVAL is no number of seconds: $interval" >&2; exit 2 ;;
+esac
+# One that begins with a dash would be taken for an option.
+case $directory in /*) ;; *) directory=./$directory ;; esac
+[ -d "$directory" ] || { echo "watch.sh: $directory is no directory" >&2; exit 1; }
 state=$directory/weight_state_$slot.json
 
-[ -d "$directory" ] || { echo "watch.sh: $directory is no directory" >&2; exit 1; }
-
-# One number or word of the state document.  A quote inside a JSON string is escaped, so these
-# patterns match keys only; the first match is the outermost.
+# One word or number of the state document.  A quote inside a JSON string is escaped, so this finds
+# keys only; the first one is the outermost.
 field() { # text, key
-    local value
-    value=$(printf '%s\n' "$1" | grep -oE "\"$2\": *(\"[a-z]*\"|[0-9]+)" | head -n 1)
-    value=${value#*:}
-    value=${value//[\" ]/}
-    echo "${value:-?}"
+    value=${1#*\""$2"\":}
+    [ "$value" != "$1" ] || value=
+    value=${value#"${value%%[! ]*}"} # without the spaces before it
+    case $value in
+    \"*) value=${value#\"}; value=${value%%\"*} ;;
+    *) value=${value%%[!0-9]*} ;;
+    esac
+    case $value in '' | *[!a-z0-9]*) value='?' ;; esac
+    printf %s "$value"
 }
 
+# What is no file is not waited for, nor read for ever: others may have put it there, also between
+# the test and the opening.  The state has less than 2 KB.
 look() {
-    local text now
-    # What is no file is not waited for, nor read for ever: others may have put it there.
-    if [ -f "$state" ] && text=$(head -c 65536 -- "$state" 2>/dev/null); then
-        now="$(field "$text" state) layout=$(field "$text" layout_generation)"
-        now+=" content=$(field "$text" content_generation)"
-        now+=" physical=$(field "$text" physical_epoch)"
-    else
-        now=absent
-    fi
-    [ "$now" = "${last-}" ] || echo "$now"
-    last=$now
+    text=
+    [ -f "$state" ] && text=$(timeout 5 dd if="$state" iflag=nonblock bs=4096 count=1)
+    [ -n "$text" ] || { echo found absent; return; }
+    echo "found $(field "$text" state) layout=$(field "$text" layout_generation)" \
+        "content=$(field "$text" content_generation) physical=$(field "$text" physical_epoch)"
 }
 
-# Events on descriptor 3, begun before the first look so that none falls in between.
-if command -v inotifywait >/dev/null; then
-    exec 3< <(exec inotifywait --monitor --quiet --format %f \
-        --event moved_to --event delete -- "$directory" 2>/dev/null)
-else
-    exec 3< <(exec sleep infinity)
-fi
-watcher=$!
-trap 'kill "$watcher" 2>/dev/null' EXIT
-trap 'exit 0' INT TERM
+tick() {
+    trap 'kill "$!" 2>/dev/null; exit' TERM
+    while :; do
+        sleep "$interval" >/dev/null &
+        wait "$!" || exit
+        echo tick
+    done
+}
 
-look
+# Everything that takes time is a process of its own, which writes lines into a pipe, so that this
+# shell only ever waits in `read`: there a signal ends it at once.  It alone has the pipe open for
+# reading (3), and the others for writing (4): killed, it leaves nobody who does not notice.
+watcher='' ticker='' looker='' pipe=''
+trap 'kill $watcher $ticker $looker 2>/dev/null; [ -z "$pipe" ] || rm -rf "$pipe"' EXIT
+trap 'exit 0' HUP INT PIPE TERM
+pipe=$(mktemp -d) && mkfifo "$pipe/events" && exec 3<>"$pipe/events" 4>"$pipe/events" || exit 1
+rm -rf "$pipe"
+pipe=
+
+# File names are not asked for: one with a line break in it could say anything.  What it says on
+# stderr is a reason to look, too: that it watches from now on.
+if command -v inotifywait >/dev/null; then
+    inotifywait --monitor --format changed --event moved_to --event delete -- "$directory" \
+        3<&- >&4 2>&4 4>&- &
+    watcher=$!
+fi
+tick 3<&- >&4 4>&- &
+ticker=$!
+
+last='' again=yes
 while :; do
-    # After a timeout (a status above 128) look, too.
-    if read -r -t "$interval" name <&3; then
-        [ "$name" = "weight_state_$slot.json" ] || continue
-    elif [ $? -le 128 ]; then
-        [ -d "$directory" ] || exit 1 # the watcher has ended, because the directory was removed
-        sleep "$interval"
+    if [ "$again" = yes ] && [ -z "$looker" ]; then
+        look 3<&- >&4 4>&- 2>/dev/null &
+        looker=$! again=no
     fi
-    look
+    read -r what now <&3 || exit 1
+    if [ "$what" = found ]; then
+        looker=
+        [ "$now" = "$last" ] || echo "$now" || exit 1
+        last=$now
+    else
+        [ -d "$directory" ] || { echo "watch.sh: $directory was removed" >&2; exit 1; }
+        again=yes
+    fi
 done
