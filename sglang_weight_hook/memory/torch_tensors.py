@@ -32,9 +32,21 @@ def empty(tensor: Tensor) -> tuple[torch.Tensor, memoryview]:
 
 
 def from_dlpack(view: Any) -> torch.Tensor:
-    """A tensor over ``view``, an object with ``__dlpack__``: no copy."""
-    found: torch.Tensor = _torch().from_dlpack(view)
-    return found
+    """A tensor over ``view``, an object with ``__dlpack__``: no copy.  Raises NotReadable.
+
+    Of the type that its ``torch_dtype`` names, if it does: bytes stand for types that DLPack lacks.
+    """
+    module = _torch()
+    found: torch.Tensor = module.from_dlpack(view)
+    dtype = getattr(view, "torch_dtype", None)
+    if dtype is None:
+        return found
+    kind = getattr(module, dtype.removeprefix("torch."), None)
+    if not isinstance(kind, module.dtype):
+        raise NotReadable(
+            f"this torch ({module.__version__}) has no {dtype}; take the bytes with memory.read()"
+        )
+    return found.view(kind)
 
 
 def _torch() -> Any:
