@@ -20,6 +20,7 @@ MODULES = (
     "checking",
     "reading",
     "header",
+    "scrubbing",
     "residence",
     "fleet",
     "serving",

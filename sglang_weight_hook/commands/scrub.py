@@ -20,7 +20,7 @@ from .render import scrub_metrics
 from .render.text import clock, complain, print_line, size_text
 from .selection import is_like, slots_in
 
-_RATE = 10.0  # MiB/s: at most 1 % of a core
+_RATE = 5.0  # MiB/s: less than 1 % of a core
 _BASELINE_RATE = 200.0
 _EVERY = 10.0  # seconds
 

@@ -54,7 +54,9 @@ class Memory:
         self.document = document
         self._bracket = Bracket(document, states)
         self._backends = backends.Backends(document, via)
-        self._scratch: Optional[bytearray] = None
+        # Kept, for the kernel takes longer to give new pages than to fill old ones.
+        self._scratch = bytearray()  # what was fetched and is not in order yet
+        self._piece = bytearray()  # what `pieces` hands out
         self._closed = False
 
     # -- reading
@@ -98,13 +100,16 @@ class Memory:
     def pieces(self, name: str, limit: int = PIECE) -> Iterator[memoryview]:
         """The values of a tensor in row-major order, at most ``limit`` bytes at a time.
 
-        Each piece is valid until the next is asked for, and lies in the same buffer: that is all
-        the memory it takes, however large the tensor.  Each is of the document's generations when
+        Each piece is valid until the next is asked for, of this or another tensor, for all lie in
+        one buffer: that is all the memory it takes, however large the tensor.  Each is of the document's generations when
         it is handed out.  Raises `Changed`, `NotReadable`, HookError.
         """
         tensor = self.document.tensor(name)
         backend = self._backend_of(tensor)
-        buffer = memoryview(bytearray(min(limit, tensor.size)))
+        size = min(max(limit, tensor.itemsize), tensor.size)
+        if len(self._piece) < size:
+            self._piece = bytearray(size)
+        buffer = memoryview(self._piece)
         for box in boxes.boxes(tensor, limit):
             target = buffer[: box.size]
             with self._bracket.read():
@@ -172,7 +177,7 @@ class Memory:
         if fetch.is_in_order:
             backend.fetch(runs, target)
             return
-        if self._scratch is None or len(self._scratch) < fetch.size:
+        if len(self._scratch) < fetch.size:
             self._scratch = bytearray(fetch.size)
         fetched = memoryview(self._scratch)[: fetch.size]
         backend.fetch(runs, fetched)

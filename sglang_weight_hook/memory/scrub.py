@@ -19,7 +19,7 @@ from . import sums
 from .errors import NotReadable
 from .memory import Memory
 
-PIECE = 1 << 20  # bytes that are read at a time; a multiple of `sums.BLOCK`
+PIECE = 2 << 20  # bytes that are read at a time; a multiple of `sums.BLOCK`
 RETRY_SECONDS = 0.5  # while there is nothing to be read
 
 
