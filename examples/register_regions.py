@@ -92,9 +92,13 @@ class Registrar:
                 return None
             self.content_generation = state["content_generation"]
             return self.report("new values", kept=len(self.handles))
-        # No update starts while this runs, so the regions read are the regions in memory.
-        with self.slot.weights_held():
-            return self.register_again(self.slot.read())
+        # No update starts while this runs, so the regions read are the regions in memory.  After
+        # a failed update the addresses are good, too, whatever the values.
+        try:
+            with self.slot.weights_held(allow=("failed",)):
+                return self.register_again(self.slot.read())
+        except (hook.NotReady, hook.OwnerGone):
+            return None  # it has just begun; the next look sees it
 
     def is_current(self, state: dict[str, Any]) -> bool:
         return (
@@ -105,8 +109,6 @@ class Registrar:
 
     def register_again(self, document: hook.Document) -> dict[str, Any] | None:
         state = document.state
-        if state["state"] in ("released", "updating"):
-            return None  # it has just begun; the next look sees it
         if self.process != _process(state):
             why, stale = self.why_another(_process(state)), True
         elif self.physical_epoch != state.get("physical_epoch", 0):

@@ -14,17 +14,19 @@ from ..layout.states import READY
 from ..reader import Document, Header, HeaderReader, HookError
 from .errors import Changed
 
-# States whose bytes are whole: `failed` may be half-written, `released` has none.
-STATES = (READY,)
-
 
 class Bracket:
     """A document's generations, held against the slot's header."""
 
-    def __init__(self, document: Document, states: Collection[str] = STATES) -> None:
-        """Open the header.  Raises HookError, `Changed` where it is about other weights."""
+    def __init__(self, document: Document, allow: Collection[str] = ()) -> None:
+        """Open the header.
+
+        ``allow``: further states than ``ready``; in those the bytes are not whole (``failed`` may
+        be half-written) or not there.  Raises HookError, `Changed` where the header is about
+        other weights.
+        """
         self._document = document
-        self._states = states
+        self._states = {READY, *allow}
         self._known = -1  # the sequence at which the header was found to be the document's
         self._header: HeaderReader = document.slot.open_header()
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from ..reader import Document, HookError, Tensor
 from . import boxes
 from .backend import Backend
-from .bracket import STATES, Bracket
+from .bracket import Bracket
 from .errors import NotReadable
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ class Memory:
         self,
         document: Document,
         via: Optional[str] = None,
-        states: Collection[str] = STATES,
+        allow: Collection[str] = (),
     ) -> None:
         """Look whether the document is still true; a way to its bytes is opened at first use.
 
         ``via``: ``process``, ``cuda`` or ``owner``; None takes for each tensor the first that
-        reaches it.  ``states``: those of the slot in which it may be read.  Raises HookError.
+        reaches it.  ``allow``: further states of the slot than ``ready`` in which it may be
+        read.  Raises HookError.
         """
         from . import backends
 
@@ -52,7 +53,7 @@ class Memory:
                 "a saved copy of a map has no memory behind it; open the slot with open_slot()"
             )
         self.document = document
-        self._bracket = Bracket(document, states)
+        self._bracket = Bracket(document, allow)
         self._backends = backends.Backends(document, via)
         # Kept, for the kernel takes longer to give new pages than to fill old ones.
         self._scratch = bytearray()  # what was fetched and is not in order yet
@@ -101,8 +102,8 @@ class Memory:
         """The values of a tensor in row-major order, at most ``limit`` bytes at a time.
 
         Each piece is valid until the next is asked for, of this or another tensor, for all lie in
-        one buffer: that is all the memory it takes, however large the tensor.  Each is of the document's generations when
-        it is handed out.  Raises `Changed`, `NotReadable`, HookError.
+        one buffer: that is all the memory it takes, however large the tensor.  Each is of the
+        document's generations when it is handed out.  Raises `Changed`, `NotReadable`, HookError.
         """
         tensor = self.document.tensor(name)
         backend = self._backend_of(tensor)

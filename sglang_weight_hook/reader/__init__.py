@@ -29,7 +29,9 @@ from .errors import (
     NoAnswer,
     NoSocket,
     NotAllowed,
+    NotReady,
     OwnerGone,
+    Stale,
 )
 from .header import HeaderReader
 from .history import History, PastEvent
@@ -56,11 +58,13 @@ __all__ = [
     "NoAnswer",
     "NoSocket",
     "NotAllowed",
+    "NotReady",
     "OwnerGone",
     "PastEvent",
     "Region",
     "Slot",
     "SpanIndex",
+    "Stale",
     "Tensor",
     "compare",
     "layer_of",

@@ -69,7 +69,7 @@ class Conversation:
         if not line.endswith(b"\n"):
             if len(line) > MAX_ANSWER:
                 raise garbled(slot, f"it has more than {MAX_ANSWER} bytes")
-            raise _hung_up(slot) if slot.owner_alive() else _gone(slot, self._state)
+            raise _hung_up(slot) if slot.owner_alive() else gone(slot, self._state)
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -93,7 +93,7 @@ class Conversation:
                     raise (
                         _hung_up(self._slot)
                         if self._slot.owner_alive()
-                        else _gone(self._slot, self._state)
+                        else gone(self._slot, self._state)
                     )
                 ready += got
 
@@ -177,7 +177,7 @@ def _socket_name(slot: Slot, state: Mapping[str, Any]) -> str:
     name = state["control"]
     if name is None:
         if not slot.owner_alive():
-            raise _gone(slot, state)
+            raise gone(slot, state)
         raise _no_socket(slot, "has no control socket")
     prefix, suffix = CONTROL.split("{}")
     if not (
@@ -213,7 +213,7 @@ def _unreachable(slot: Slot, state: Mapping[str, Any], name: str, error: OSError
     if error.errno in (errno.EACCES, errno.EPERM):
         return _not_allowed(slot)
     if not slot.owner_alive():
-        return _gone(slot, state)
+        return gone(slot, state)
     if error.errno == errno.ENOENT:
         return _no_socket(slot, f"has no control socket {name}")
     if error.errno == errno.ECONNREFUSED:
@@ -240,7 +240,7 @@ def _no_socket(slot: Slot, why: str) -> NoSocket:
     )
 
 
-def _gone(slot: Slot, state: Mapping[str, Any]) -> OwnerGone:
+def gone(slot: Slot, state: Mapping[str, Any]) -> OwnerGone:
     return OwnerGone(
         f"slot {slot.name} is stale: its owner (pid {state.get('pid')}) has exited, so its "
         f"addresses are invalid; start the server again"

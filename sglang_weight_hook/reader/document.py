@@ -107,9 +107,7 @@ class Document:
             return None
         return value
 
-    def open_memory(
-        self, via: Optional[str] = None, states: Collection[str] = ("ready",)
-    ) -> Memory:
+    def open_memory(self, via: Optional[str] = None, allow: Collection[str] = ()) -> Memory:
         """The bytes behind this document, to be read from outside.
 
             with slot.weights_held():
@@ -118,14 +116,14 @@ class Document:
                     memory.array("lm_head.weight")
 
         ``via``: insist on one way to the memory (`process`, `cuda`, `owner`); None takes for each
-        tensor the first that reaches it.  ``states``: those of the slot in which it may be read.
-        Raises HookError: `Changed` where the weights are no longer the document's, `NotReadable`
-        where they cannot be reached.
+        tensor the first that reaches it.  ``allow``: further states of the slot than ``ready`` in
+        which it may be read.  Raises HookError: `Changed` where the weights are no longer the
+        document's, `NotReadable` where they cannot be reached.
         """
         # The other way round as a rule: memory is built on the reader.
         from ..memory import Memory
 
-        return Memory(self, via, states)
+        return Memory(self, via, allow)
 
     # -- as typed objects
 

@@ -23,8 +23,12 @@ class NotAllowed(ControlError):
     """The control socket is another user's."""
 
 
-class OwnerGone(ControlError):
+class OwnerGone(ControlError, Stale):
     """The process that published the slot has exited, or publishes that slot no more."""
+
+
+class NotReady(Stale):
+    """The slot is in another state than ``ready``: its weights are not whole, or not there."""
 
 
 class Busy(ControlError):

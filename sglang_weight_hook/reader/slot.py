@@ -7,21 +7,26 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Optional, Union
 
 from ..layout import files
 from ..layout.documents import SCHEMA, STATE_SCHEMA
 from ..layout.header import Header
+from ..layout.states import READY
 from . import control
 from .control import Check
+from .conversation import gone
 from .document import Document
-from .errors import Busy, HookError
+from .errors import Busy, HookError, NotReady
 from .files import check_schema, file_name, open_regular, read_json
 from .header import HeaderReader
 from .history import History
 from .ownership import ABSENT, UNKNOWN, Liveness, liveness, lock_at, process_of, same_instance
 from .watch import DirectoryWatch
+
+# What `Slot.weights_held` may be told to allow besides states: an owner that has exited.
+STALE = "stale"
 
 # Seconds between looks while waiting: inotify does not see changes made by other hosts.
 LOOK_AGAIN = 1.0
@@ -280,8 +285,14 @@ class Slot:
             return None
 
     @contextlib.contextmanager
-    def weights_held(self, timeout: float = 10.0, check: bool = False) -> Iterator[None]:
+    def weights_held(
+        self, timeout: float = 10.0, check: bool = False, allow: Collection[str] = ()
+    ) -> Iterator[None]:
         """Hold the shared lock: no update begins while the body runs.
+
+        The body runs if the slot is ``ready`` and its owner lives; otherwise `NotReady` or
+        `OwnerGone` is raised.  ``allow``: further states in which it is to run (``failed``,
+        ``released``, …), and ``stale`` for a slot whose owner has exited.
 
         The server waits for it at most ``SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT`` seconds, so keep
         the body short.  Raises HookError when an update is still running after ``timeout``
@@ -314,11 +325,23 @@ class Slot:
                         f"try again when its state is no longer 'updating'"
                     )
                 time.sleep(0.005)
+            self._require(allow)
             if check:
                 self._check_held(max(deadline - time.monotonic(), _LEAST_CHECK_TIMEOUT))
             yield
         finally:
             os.close(descriptor)
+
+    def _require(self, allow: Collection[str]) -> None:
+        """Raises OwnerGone or NotReady, unless ``allow`` has it."""
+        state = self.read_state()
+        if STALE not in allow and not self.owner_alive():
+            raise gone(self, state)
+        if state["state"] != READY and state["state"] not in allow:
+            raise NotReady(
+                f"slot {self.name} is {state['state']}, so its weights are not whole or not there; "
+                f"wait until it is ready, or name the state in allow"
+            )
 
     def _check_held(self, timeout: float) -> None:
         """Return if the published map is true.  Raises HookError."""

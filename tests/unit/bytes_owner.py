@@ -104,6 +104,8 @@ for line in sys.stdin:
                 print("updating", flush=True)
                 sys.stdin.readline()
             update(runner, during=during)
+        elif what == "fail":
+            event("update_weights_from_disk", "update", [runner], result=(False, "no such file"))
         elif what == "release":
             event("release_memory_occupation", "release", [runner],
                   result="released", details={"tags": ["weights"], "physical": True})

@@ -188,7 +188,7 @@ def test_asking_for_the_owner_makes_and_changes_no_file(put: Put) -> None:
 def test_where_the_owner_file_cannot_be_locked_the_process_decides(
     state: dict[str, Any], alive: bool, put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maps = put(a_layout(), state)
+    maps = put(a_layout(), a_state())
     (maps / "weight_owner_0.lock").touch()
 
     def no_locks(*arguments: Any) -> None:
@@ -201,11 +201,15 @@ def test_where_the_owner_file_cannot_be_locked_the_process_decides(
 # --- holding the weights ------------------------------------------------------------------
 
 
-def test_while_the_weights_are_held_no_update_gets_the_lock(maps: Path) -> None:
+def test_while_the_weights_are_held_no_update_gets_the_lock(
+    put: Put,
+) -> None:
+    maps = put(a_layout(), a_state())
     writer = publish.Slot(str(maps), "0", 0.01)
     writer.lock()
     writer.unlock()
-    with open_slot(str(maps), "0").weights_held(timeout=0):
+    put(a_layout(), a_state())  # who takes a slot over removes what was there
+    with open_slot(str(maps), "0").weights_held(timeout=0, allow=("stale",)):
         writer.lock()
         assert writer.lock_status == "timeout"
     writer.lock()
@@ -216,12 +220,17 @@ def test_while_the_weights_are_held_no_update_gets_the_lock(maps: Path) -> None:
     writer.abandon()
 
 
-def test_two_readers_hold_the_weights_together(maps: Path) -> None:
+def test_two_readers_hold_the_weights_together(
+    put: Put,
+) -> None:
+    maps = put(a_layout(), a_state())
     writer = publish.Slot(str(maps), "0", 0.01)
     writer.lock()
     writer.unlock()
+    put(a_layout(), a_state())
     slot = open_slot(str(maps), "0")
-    with slot.weights_held(timeout=0), slot.weights_held(timeout=0):
+    allow = ("stale",)
+    with slot.weights_held(0, allow=allow), slot.weights_held(0, allow=allow):
         pass
     writer.abandon()
 
