@@ -188,7 +188,7 @@ def test_asking_for_the_owner_makes_and_changes_no_file(put: Put) -> None:
 def test_where_the_owner_file_cannot_be_locked_the_process_decides(
     state: dict[str, Any], alive: bool, put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maps = put(a_layout(), a_state())
+    maps = put(a_layout(), state)
     (maps / "weight_owner_0.lock").touch()
 
     def no_locks(*arguments: Any) -> None:
