@@ -17,6 +17,7 @@ from ..layout import process
 from ..layout.sharing import LEGACY_IPC, NO_EXPORT, POSIX_FD, SHARED_ALLOCATIONS
 from ..reader import ControlError, Document, HookError
 from ..reader.conversation import Conversation, garbled
+from ..reader.errors import OwnerGone
 from .errors import Changed, NotReadable
 from .owner import refusal
 from .process import find_pid
@@ -76,6 +77,8 @@ def allocations_under(
 def _connected(document: Document) -> Iterator[Conversation]:
     try:
         conversation = Conversation(document.slot, document.state, _TIMEOUT)
+    except OwnerGone as error:
+        raise Changed(str(error)) from error
     except ControlError as error:
         raise NotReadable(str(error)) from error
     with conversation:
@@ -97,8 +100,10 @@ def _asked(
     while True:
         try:
             answer = conversation.ask(request)
-        except ControlError as error:
+        except OwnerGone as error:
             raise Changed(str(error)) from error
+        except ControlError as error:
+            raise NotReadable(str(error)) from error
         if answer.get("ok") is True:
             return answer
         if answer.get("error") != "busy" or time.monotonic() > deadline:

@@ -49,11 +49,7 @@ assert descriptors() == ours
     assert reader.said() == "ready"
     reader.go(json.dumps(expected))
     reader.ends()
-    for _ in range(200):  # the owner closes its end as soon as it looks
-        if owner.descriptors() == before:
-            break
-        owner.tell("names")
-    assert owner.descriptors() == before
+    processes.descriptors_settle(owner, before)
 
 
 READ_ALL = """

@@ -6,6 +6,7 @@ that the hook has no switch for tests.  With a real driver the same is tested in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -167,3 +168,13 @@ def gpu(tmp_path: Path, maps: Path) -> Iterator[Gpu]:
 def digests(owner: BytesOwner) -> dict[str, str]:
     """What every tensor's values hash to, as the owner has them."""
     return {name: owner.digest(name) for name in owner.names()}
+
+
+def descriptors_settle(owner: BytesOwner, before: list[str]) -> None:
+    """The owner closes its end of a connection as soon as it looks."""
+    for _ in range(300):
+        with contextlib.suppress(FileNotFoundError):  # closed in the middle of the look
+            if owner.descriptors() == before:
+                break
+        owner.tell("names")
+    assert owner.descriptors() == before
