@@ -23,7 +23,8 @@ _PORTABLE = 1  # CU_MEMHOSTALLOC_PORTABLE: pinned in every context
 def copied(runs: Sequence[tuple[int, int]]) -> bytes:
     """The bytes of runs in the current context's device memory.  Raises OSError.
 
-    At most `layout.sharing.COPY_BYTES` of them, by one thread at a time.
+    Inside of `cuda_driver.outside_captures`.  At most `layout.sharing.COPY_BYTES` of them, by one
+    thread at a time.
     """
     size = sum(length for _, length in runs)
     if not size:
@@ -34,8 +35,7 @@ def copied(runs: Sequence[tuple[int, int]]) -> bytes:
         # An address without memory would fail every later call in the server's context.
         if length and not cuda_driver.is_device_memory(address, length):
             raise OSError(errno.EFAULT, f"the CUDA driver knows no memory at {address:#x}")
-    with cuda_driver.outside_captures():
-        return _copier().copied(runs)
+    return _copier().copied(runs)
 
 
 class _Copier:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..layout.sharing import COPY_BYTES, COPY_RUNS
-from . import cuda_copy, cuda_driver, cuda_export, document
+from . import cuda_copy, cuda_driver, cuda_export, cuda_order, document
 from .control import Answered, refused
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 OPERATIONS = ("copy", "share")
 
 Run = tuple[int, int]  # address, bytes
+
+_STILL_WRITTEN = "the device is still writing the weights that an update has given it"
 
 # Held by a copy under way.  Never held while anything else is waited for.
 _copying = threading.Lock()
@@ -74,6 +76,8 @@ def _share(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
         with cuda_driver.using_context(tracked.cuda_context), cuda_driver.outside_captures():
             uuid = cuda_driver.current_device_uuid()
             try:
+                if not cuda_order.is_done():
+                    return refused("busy", _STILL_WRITTEN)
                 allocations, descriptors, end = cuda_export.handed_over(address, size)
             except OSError as error:
                 return refused("failed", f"the memory cannot be shared: {error.strerror}")
@@ -101,6 +105,8 @@ def _copy(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
             payload = _copied(tracked, runs)
         except OSError as error:
             return refused("failed", f"the weights cannot be copied: {error.strerror}")
+    if payload is None:
+        return refused("busy", _STILL_WRITTEN)
     return Answered({"ok": True, "bytes": len(payload)}, payload)
 
 
@@ -159,13 +165,13 @@ def _is_on_cuda(tracked: Tracked) -> bool:
     return tracked.captured is not None and tracked.captured.device_type == "cuda"
 
 
-def _copied(tracked: Tracked, runs: Sequence[Run]) -> bytes:
-    """The bytes of runs.  Raises OSError."""
+def _copied(tracked: Tracked, runs: Sequence[Run]) -> Optional[bytes]:
+    """The bytes of runs; None while the device is still writing some.  Raises OSError."""
     if not _is_on_cuda(tracked):
         return copied_here(runs)
     # The background thread has no context of its own.
-    with cuda_driver.using_context(tracked.cuda_context):
-        return cuda_copy.copied(runs)
+    with cuda_driver.using_context(tracked.cuda_context), cuda_driver.outside_captures():
+        return cuda_copy.copied(runs) if cuda_order.is_done() else None
 
 
 def copied_here(runs: Sequence[Run]) -> bytes:

@@ -31,7 +31,7 @@ from ..layout.states import (
     WEIGHTS,
 )
 from . import capture as capturing
-from . import cuda_driver, document, identity, once, publish, settings, sharing
+from . import cuda_driver, cuda_order, document, identity, once, publish, settings, sharing
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
@@ -147,6 +147,7 @@ class Tracked:
 
     def leave(self, call: Call) -> bool:
         """A call ends; whether that was the last one of the event."""
+        cuda_order.mark()
         self.version += 1
         self.inside.discard(call)
         return self.event is not None and not self.inside and not self.openers

@@ -441,4 +441,10 @@ int cuEventRecord(struct event *event, struct stream *stream) {
 int cuEventSynchronize(struct event *event) {
     IN_CONTEXT if (event->stream >= 0) work(&streams[event->stream], event->position); return 0;
 }
+int cuEventQuery(struct event *event) {
+    IN_CONTEXT
+    struct stream *stream = &streams[event->stream];
+    return event->stream < 0 || stream->before + stream->first >= event->position ? 0 : 600;
+}
+int cuStreamIsCapturing(void *stream, int *status) { IN_CONTEXT *status = 0; return 0; }
 int cuEventDestroy_v2(struct event *event) { IN_CONTEXT event->used = 0; return 0; }

@@ -17,7 +17,7 @@ import torch
 from fake_sglang import FakeRunner, event, load, settle, update
 
 import sglang_weight_hook as hook
-from sglang_weight_hook.publisher import background, capture, cuda_driver, memory
+from sglang_weight_hook.publisher import background, capture, cuda_driver, cuda_order, memory
 
 PIECE = 65536  # what the stand-in driver maps memory in
 READ_WRITE = 3
@@ -25,6 +25,7 @@ READ_WRITE = 3
 background.DELAYS = (10_000.0,)  # it looks when it is asked, and not by itself
 torch.manual_seed(7)
 driver = ctypes.CDLL("libcuda.so.1")
+stream = ctypes.c_void_p()  # SGLang's own
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -132,6 +133,15 @@ def on_the_fake_gpu() -> None:
     context = ctypes.c_void_p()
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
     call("cuCtxSetCurrent", context)
+    call("cuStreamCreate", ctypes.byref(stream), 1)
+    cuda_order.current_stream = lambda: stream.value
+
+
+def enqueue() -> None:
+    """Give the stream that weights are written on some work, which is not done by itself."""
+    host, source = ctypes.c_void_p(), number(tensors["ipc.plain"].data_ptr())
+    call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(64), 0)
+    call("cuMemcpyDtoHAsync_v2", host, source, ctypes.c_size_t(64), stream)
 
 
 def tensors_of(model: Any) -> dict[str, Any]:
@@ -194,6 +204,10 @@ def told(what: str, argument: str) -> str:
     elif what == "release":
         details = {"tags": ["weights"], "physical": True}
         event("release_memory_occupation", "release", [runner], result="released", details=details)
+    elif what == "queue":  # an update that returns before the device has written it
+        update(runner, during=enqueue)
+    elif what == "written":
+        call("cuStreamSynchronize", stream)
     elif what == "scribble":  # behind the hook's back
         fill()
     elif what == "unmap":  # pages taken away without a word
