@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.gpu.checks_background import lora, offload, saver, unannounced
+from tests.gpu.checks_bytes import shared, shared_fp8, shared_saver
 from tests.gpu.checks_drafts import eagle, speculative
 from tests.gpu.checks_one_server import plain
 from tests.gpu.checks_serving import serving
@@ -41,6 +42,9 @@ CHECKS: dict[str, Callable[..., None]] = {
     "streams": streams,
     "thread": thread,
     "serving": serving,
+    "shared": shared,
+    "shared_saver": shared_saver,
+    "shared_fp8": shared_fp8,
     "tensor_parallel": tensor_parallel,
     "llama": real_size(LLAMA_70B),
     "deepseek": real_size(DEEPSEEK_V3),
