@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,14 @@ from typing import Any
 import pytest
 from bytes_owner import BytesOwner
 
-from sglang_weight_hook.layout.sharing import SHARED_ALLOCATIONS
+from sglang_weight_hook.layout.sharing import (
+    COPY_BYTES,
+    COPY_RUNS,
+    LEGACY_IPC,
+    NO_EXPORT,
+    POSIX_FD,
+    SHARED_ALLOCATIONS,
+)
 from sglang_weight_hook.reader.conversation import Conversation
 
 pytest.importorskip("torch")
@@ -156,6 +164,21 @@ with refused(NotReadable, "hung up without an answer|another user's"):
 assert open_here() == NOTHING
 """
     gpu.read(code)
+
+
+def test_the_format_page_has_the_limits_and_the_words_of_the_answers() -> None:
+    text = (processes.ROOT / "docs" / "format.md").read_text()
+    section = text[text.index("### Copies and shared memory") :]
+    for number in (COPY_RUNS, COPY_BYTES, SHARED_ALLOCATIONS):
+        assert f" {number} " in section, number
+    for source in ("sharing.py", "background.py"):
+        code = (processes.ROOT / "sglang_weight_hook" / "publisher" / source).read_text()
+        words = set(re.findall(r'refused\("(\w+)"', code))
+        assert words
+        for word in words:
+            assert f"`{word}`" in text[text.index("## Control socket") :], word
+    for word in (LEGACY_IPC, POSIX_FD, NO_EXPORT):
+        assert f"`{word}`" in section, word
 
 
 # --- the reader's side --------------------------------------------------------------------
