@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
-
-import typer
+from typing import Any, Optional
 
 from ..memory import sums
 from ..reader import Document, Tensor
 from .app import ACT, command
-from .options import DirOption, JsonOption, SlotArgument, ViaOption
+from .options import DirOption, JsonOption, MatchOption, SlotArgument, ViaOption
 from .render.table import Column, print_table
 from .render.text import complain, print_json, print_line, printable, size_text
 from .selection import document_of, heading, is_like, standing
@@ -22,14 +20,11 @@ from .selection import document_of, heading, is_like, standing
 def checksum(
     slot: SlotArgument = None,
     directory: DirOption = None,
-    match: Annotated[
-        Optional[str],
-        typer.Option(help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
-    ] = None,
+    match: MatchOption = None,
     via: ViaOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Read the weights of a running server and print a checksum of each tensor.
+    """Read a server's weights and print a checksum of each tensor.
 
     The checksum is the one that a server started with SGLANG_WEIGHT_HOOK_CHECKSUM=1 publishes
     itself (docs/format.md).  Exit status 3 if the server has published another one for the same

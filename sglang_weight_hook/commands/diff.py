@@ -8,9 +8,9 @@ import typer
 
 from ..reader import Diff, Document, compare
 from .app import ACT, command
-from .options import DirOption, JsonOption
-from .render.text import address_text, print_json, print_line
-from .selection import document_of, heading
+from .options import AllowStaleOption, DirOption, JsonOption
+from .render.text import address_text, complain, print_json, print_line
+from .selection import document_of, heading, is_alive
 
 # Names listed for each kind of change, unless all are asked for.
 _LISTED = 10
@@ -33,21 +33,27 @@ def diff(
     everything: Annotated[
         bool, typer.Option("--all", help="List every changed tensor, not only the first 10.")
     ] = False,
+    allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Compare two layouts: tensors moved, resized, added, removed.
 
     Exit status 0: memory registered from OLD is still valid (contents may have changed).
-    Exit status 3: register the memory again, or do not use it now (NEW is updating or released).
+    Exit status 3: register the memory again, or do not use it now (NEW is not ready, or its owner
+    has exited).
     """
     before, after = document_of(directory, old), document_of(directory, new)
     changes = compare(before.raw, after.raw)
     content = _content_changed(before, after, changes)
-    obstacle = _OBSTACLES.get(str(after.state["state"]))
-    status = ACT if changes.must_register_again or obstacle else 0
+    obstacle = _obstacle(after)
+    status = ACT if changes.must_register_again or (obstacle and not allow_stale) else 0
+    if obstacle is not None:
+        complain(obstacle)
     if as_json:
         print_json(
             {
+                "state": after.state["state"],
+                "owner_alive": is_alive(after),
                 "old": heading(before),
                 "new": heading(after),
                 **changes.as_dict(),
@@ -62,8 +68,21 @@ def diff(
     return status
 
 
+def _obstacle(after: Document) -> Optional[str]:
+    """Why the memory is not to be used now, whatever has changed; None where it may be."""
+    if is_alive(after) is False:
+        return (
+            f"the owner of slot {after.slot.name} (pid {after.state.get('pid')}) has exited: its "
+            f"addresses are invalid, and what was registered has no memory behind it"
+        )
+    return _OBSTACLES.get(str(after.state["state"]))
+
+
 # What a state means for memory that was registered, where it is not to be used now.
 _OBSTACLES = {
+    "loading": "the engine is not built yet and may move weights; compare again when it is ready",
+    "failed": "an update has failed, perhaps half way: the addresses are valid, the values may not "
+    "be",
     "updating": "an update is running: contents are half written and addresses may still change; "
     "compare again when it is over",
     "released": "the weights' memory is released: touching the addresses faults, and what was "

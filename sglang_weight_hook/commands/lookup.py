@@ -8,9 +8,9 @@ import typer
 
 from ..reader import Document, Hit
 from .app import ACT, Misused, command
-from .options import DirOption, JsonOption, SlotArgument
+from .options import AllowStaleOption, DirOption, JsonOption, SlotArgument
 from .render.text import address_text, print_json, print_line, printable, size_text
-from .selection import document_of, heading, standing, warn_if_stale
+from .selection import document_of, heading, stale_status, standing
 
 
 @command(
@@ -21,6 +21,7 @@ def lookup(
     address: Annotated[str, typer.Argument(help="The address: hexadecimal (0x...) or decimal.")],
     slot: SlotArgument = None,
     directory: DirOption = None,
+    allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Find the tensors, and the element in each, at an address.
@@ -29,6 +30,7 @@ def lookup(
     """
     place = _number(address)
     document = document_of(directory, slot)
+    status = stale_status(document, allow_stale)
     hits = document.lookup(place)
     region = document.region_at(place)
     buffers = [buffer for buffer in document.iter_kv_cache() if buffer.ptr <= place < buffer.end]
@@ -43,8 +45,7 @@ def lookup(
                 "kv_cache": [buffer.raw for buffer in buffers],
             }
         )
-        return 0 if found else ACT
-    warn_if_stale(document)
+        return status if found else ACT
     for hit in hits:
         _print_hit(hit)
     for buffer in buffers:
@@ -60,7 +61,7 @@ def lookup(
             f"no published memory at {address_text(place)}; {_nearest_regions(document, place)}"
         )
     print_line(standing(document))
-    return 0 if found else ACT
+    return status if found else ACT
 
 
 def _hit(hit: Hit) -> dict[str, Any]:

@@ -27,6 +27,14 @@ DirsOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; all sizes are in bytes.")]
+AllowStaleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-stale",
+        help="Exit with 0 also if a slot's owner has exited or its state is not ready (for "
+        "post-mortems); default: 3.",
+    ),
+]
 SlotArgument = Annotated[
     Optional[str],
     typer.Argument(
@@ -34,6 +42,10 @@ SlotArgument = Annotated[
         show_default=False,
         help="A slot (0, 0_draft, ...) or a saved layout file; default: the only slot.",
     ),
+]
+MatchOption = Annotated[
+    Optional[str],
+    typer.Option("--match", help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
 ]
 ViaOption = Annotated[
     Optional[str],

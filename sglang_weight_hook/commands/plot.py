@@ -8,10 +8,10 @@ import typer
 
 from ..reader import Document, HookError, Slot, open_directory, open_file
 from .app import command
-from .options import DirOption
+from .options import AllowStaleOption, DirOption
 from .render import page
 from .render.text import complain, print_line
-from .selection import document_of, slots_in
+from .selection import document_of, slots_in, stale_status
 
 
 @command(
@@ -38,6 +38,7 @@ def plot(
         ),
     ] = None,
     directory: DirOption = None,
+    allow_stale: AllowStaleOption = False,
 ) -> int:
     """Draw the memory of all slots, or of those named, as HTML."""
     earlier = [open_file(path).raw for path in before] if before else None
@@ -48,7 +49,7 @@ def plot(
     except _MALFORMED as error:
         raise _malformed(error) from error
     print_line(f"{output}: {len(documents)} {'slot' if len(documents) == 1 else 'slots'}")
-    return 0
+    return max(stale_status(document, allow_stale) for document in documents)
 
 
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from .app import command
-from .options import DirOption, JsonOption, SlotArgument
+from .options import AllowStaleOption, DirOption, JsonOption, SlotArgument
 from .render.table import Column, print_table
 from .render.text import address_text, print_json, print_line, printable, size_text
-from .selection import document_of, heading, standing, warn_if_stale
+from .selection import document_of, heading, stale_status, standing
 
 
 @command("regions", "sglang-weight-hook regions\nsglang-weight-hook regions 0 --json")
 def regions(
-    slot: SlotArgument = None, directory: DirOption = None, as_json: JsonOption = False
+    slot: SlotArgument = None,
+    directory: DirOption = None,
+    allow_stale: AllowStaleOption = False,
+    as_json: JsonOption = False,
 ) -> int:
     """List the regions to register, each inside one allocation."""
     document = document_of(directory, slot)
+    status = stale_status(document, allow_stale)
     found = list(document.iter_regions())
     if as_json:
-        return print_json({**heading(document), "regions": document.regions})
-    warn_if_stale(document)
+        print_json({**heading(document), "regions": document.regions})
+        return status
     print_table(
         [
             Column("address"),
@@ -46,4 +50,4 @@ def regions(
     )
     total = sum(region.size for region in found)
     print_line(f"{len(found)} regions, {size_text(total)}; {standing(document)}")
-    return 0
+    return status

@@ -15,7 +15,7 @@ import typer
 from ..memory.scrub import RETRY_SECONDS, Baseline, Corruption, Event, Pass, Read, Scrubber, Waiting
 from ..reader import HookError, Tensor, open_directory
 from .app import ACT, command
-from .options import DirOption, ViaOption
+from .options import DirOption, MatchOption, ViaOption
 from .render import scrub_metrics
 from .render.text import clock, complain, print_line, size_text
 from .selection import is_like, slots_in
@@ -25,6 +25,52 @@ _BASELINE_RATE = 200.0
 _EVERY = 10.0  # seconds
 
 
+_Slots = Annotated[
+    Optional[list[str]],
+    typer.Argument(
+        metavar="SLOT",
+        show_default=False,
+        help="Slots to watch (0, 0_draft, ...); default: all slots.",
+    ),
+]
+_Rate = Annotated[
+    float,
+    typer.Option(
+        metavar="MIB", help="Read at most so many MiB a second; 0: without a bound.", min=0
+    ),
+]
+_BaselineRate = Annotated[
+    float,
+    typer.Option(
+        metavar="MIB",
+        help="Read at most so many MiB a second for a baseline, which is taken after each change "
+        "of the weights; 0: without a bound.",
+        min=0,
+    ),
+]
+_Every = Annotated[
+    float,
+    typer.Option(metavar="S", help="Let S seconds pass between the starts of two passes.", min=0),
+]
+_Exclude = Annotated[
+    Optional[list[str]],
+    typer.Option(help="No tensors with a name like GLOB; repeatable.", metavar="GLOB"),
+]
+_Once = Annotated[
+    bool, typer.Option("--once", help="Stop when each slot was compared with its baseline.")
+]
+_Stop = Annotated[bool, typer.Option("--stop", help="Stop at the first byte that has changed.")]
+_MetricsPort = Annotated[
+    Optional[int],
+    typer.Option(
+        metavar="PORT", help="Serve Prometheus metrics on 127.0.0.1:PORT.", min=1, max=65535
+    ),
+]
+_JsonLines = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object a line for each event.")
+]
+
+
 @command(
     "scrub",
     "sglang-weight-hook scrub\n"
@@ -32,62 +78,20 @@ _EVERY = 10.0  # seconds
     "sglang-weight-hook scrub --json --metrics-port 9400 >> scrub.jsonl",
 )
 def scrub(
-    slot: Annotated[
-        Optional[list[str]],
-        typer.Argument(
-            metavar="SLOT",
-            show_default=False,
-            help="Slots to watch (0, 0_draft, ...); default: all slots.",
-        ),
-    ] = None,
+    slot: _Slots = None,
     directory: DirOption = None,
-    rate: Annotated[
-        float,
-        typer.Option(
-            metavar="MIB", help="Read at most so many MiB a second; 0: without a bound.", min=0
-        ),
-    ] = _RATE,
-    baseline_rate: Annotated[
-        float,
-        typer.Option(
-            metavar="MIB",
-            help="Read at most so many MiB a second for a baseline, which is taken after each "
-            "change of the weights; 0: without a bound.",
-            min=0,
-        ),
-    ] = _BASELINE_RATE,
-    every: Annotated[
-        float,
-        typer.Option(
-            metavar="S", help="Let S seconds pass between the beginnings of two passes.", min=0
-        ),
-    ] = _EVERY,
-    match: Annotated[
-        Optional[str],
-        typer.Option(help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
-    ] = None,
-    exclude: Annotated[
-        Optional[list[str]],
-        typer.Option(help="No tensors with a name like GLOB; repeatable.", metavar="GLOB"),
-    ] = None,
-    once: Annotated[
-        bool, typer.Option("--once", help="Stop when each slot was compared with its baseline.")
-    ] = False,
-    stop: Annotated[
-        bool, typer.Option("--stop", help="Stop at the first byte that has changed.")
-    ] = False,
+    rate: _Rate = _RATE,
+    baseline_rate: _BaselineRate = _BASELINE_RATE,
+    every: _Every = _EVERY,
+    match: MatchOption = None,
+    exclude: _Exclude = None,
+    once: _Once = False,
+    stop: _Stop = False,
     via: ViaOption = None,
-    metrics_port: Annotated[
-        Optional[int],
-        typer.Option(
-            metavar="PORT", help="Serve Prometheus metrics on 127.0.0.1:PORT.", min=1, max=65535
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each event.")
-    ] = False,
+    metrics_port: _MetricsPort = None,
+    as_json: _JsonLines = False,
 ) -> int:
-    """Watch the weights of running servers for bytes that change without an update.
+    """Watch weights for bytes that change without an update.
 
     Reads all weights after each update, then again and again, and tells of each word that has
     changed its tensor, index and bit and the value before and after.  Runs until Ctrl-C or

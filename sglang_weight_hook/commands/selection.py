@@ -7,8 +7,9 @@ import glob
 import os
 from typing import Any, Optional
 
+from ..layout.states import READY
 from ..reader import Directory, Document, HookError, Slot, open_directory, open_file
-from .app import Misused
+from .app import ACT, Misused
 from .render.text import complain, printable
 
 
@@ -69,21 +70,25 @@ def inside(value: Any, *path: str) -> Any:
 
 
 def heading(document: Document) -> dict[str, Any]:
-    """The fields of a JSON answer that identify its document."""
+    """The fields of a JSON answer that identify its document, and say whether it is good now."""
+    liveness = document.slot.liveness() if document.is_live else None
     return {
         "slot": document.slot.name,
         "state": document.state["state"],
+        "owner_alive": is_alive(document),
+        # Whether that is beyond doubt, and what it rests on; null for a saved copy.
+        "owner_certain": None if liveness is None else liveness.certain,
+        "owner_why": None if liveness is None else liveness.why,
         "layout_generation": document.layout_generation,
         "content_generation": document.content_generation,
         "physical_epoch": document.physical_epoch,
         "pid": document.state.get("pid"),
-        "owner_alive": is_alive(document),
     }
 
 
 def is_alive(document: Document) -> Optional[bool]:
     """Whether the owner lives; None for a saved copy, which has no owner."""
-    return document.slot.owner_alive() if document.is_live else None
+    return document.owner_alive() if document.is_live else None
 
 
 def standing(document: Document) -> str:
@@ -93,9 +98,34 @@ def standing(document: Document) -> str:
     )
 
 
-def warn_if_stale(document: Document) -> None:
+def stale_status(document: Document, allow_stale: bool = False) -> int:
+    """The exit status that the document itself asks for; stderr says why it is not 0.
+
+    A saved copy is what it is.  ``allow_stale``: it is known, and does not count.
+    """
+    why = why_stale(document)
+    if why is None:
+        return 0
+    complain(why)
+    return 0 if allow_stale else ACT
+
+
+def why_stale(document: Document) -> Optional[str]:
+    """Why the answers of a document are not good now; None where they are, or it is a copy."""
+    name, state = document.slot.name, document.state
     if is_alive(document) is False:
-        complain(
-            f"slot {document.slot.name} is stale: its owner (pid {document.state.get('pid')}) has "
-            f"exited, so its addresses are invalid; start the server again"
+        return (
+            f"slot {name} is stale: its owner (pid {state.get('pid')}) has exited, so its "
+            f"addresses are invalid; start the server again"
         )
+    if document.is_live and state["state"] != READY:
+        return f"slot {name} is {state['state']}: {_MEANINGS.get(str(state['state']), '')}"
+    return None
+
+
+_MEANINGS = {
+    "loading": "its engine is not built yet, and may move weights; wait until it is ready",
+    "updating": "its weights are being changed; wait until it is ready",
+    "failed": "an update has failed, perhaps half way; its addresses are valid, its values may not",
+    "released": "its weights have no physical memory; touching the addresses faults",
+}

@@ -9,10 +9,10 @@ import typer
 
 from ..reader import ROLES, Tensor
 from .app import Misused, command
-from .options import DirOption, JsonOption, SlotArgument
+from .options import AllowStaleOption, DirOption, JsonOption, MatchOption, SlotArgument
 from .render.table import Column, print_table
 from .render.text import address_text, print_json, print_line, printable, size_text
-from .selection import document_of, heading, is_like, standing, warn_if_stale
+from .selection import document_of, heading, is_like, stale_status, standing
 
 _ORDERS: dict[Optional[str], Callable[[Tensor], Any]] = {
     "name": lambda tensor: tensor.name,
@@ -37,10 +37,7 @@ def show(
             metavar="KEY",
         ),
     ] = None,
-    match: Annotated[
-        Optional[str],
-        typer.Option(help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
-    ] = None,
+    match: MatchOption = None,
     role: Annotated[
         Optional[str],
         typer.Option(help=f"Only tensors of this role: {', '.join(ROLES)}.", metavar="ROLE"),
@@ -51,6 +48,7 @@ def show(
     top: Annotated[
         Optional[int], typer.Option(help="Only the first N tensors.", metavar="N", min=1)
     ] = None,
+    allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """List the tensors of a slot: address, size, type, shape, name."""
@@ -59,6 +57,7 @@ def show(
     if role not in (None, *ROLES):
         raise Misused(f"--role {role} is not known; give one of {', '.join(ROLES)}")
     document = document_of(directory, slot)
+    status = stale_status(document, allow_stale)
     every = list(document.iter_tensors())
     chosen = [
         tensor
@@ -77,15 +76,15 @@ def show(
             tensor.name: {**tensor.raw, "layer": tensor.layer, "role": tensor.role}
             for tensor in chosen
         }
-        return print_json({**heading(document), "tensors": entries, "total": summed})
-    warn_if_stale(document)
+        print_json({**heading(document), "tensors": entries, "total": summed})
+        return status
     _print_tensors(chosen)
     count = f"{len(chosen)} of {len(every)}" if len(chosen) < len(every) else f"{len(chosen)}"
     print_line(
         f"{count} tensors, {size_text(summed['bytes'])} in storages of "
         f"{size_text(summed['storage_bytes'])}; {standing(document)}"
     )
-    return 0
+    return status
 
 
 def _sums(chosen: list[Tensor], of: int) -> dict[str, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from .errors import HookError
 from .ownership import same_instance
+from .spans import SpanIndex
 
 _PLACE = ("ptr", "device", "storage_ptr", "resident")
 _EXTENT = ("size", "span", "shape", "stride", "dtype", "storage_size", "storage_offset")
@@ -87,9 +88,32 @@ def _regions(document: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     return [tuple(region.get(field) for field in fields) for region in document["regions"]]
 
 
+def outside_regions(document: Mapping[str, Any]) -> Optional[str]:
+    """A resident tensor with memory that lies in no region, if there is one."""
+    index = SpanIndex(
+        (region["ptr"], region["ptr"] + region["size"], None) for region in document["regions"]
+    )
+    for name, tensor in document["tensors"].items():
+        held = tensor.get("resident", True) and tensor["ptr"] and tensor["size"]
+        if held and not index.at(tensor["ptr"]):
+            return str(name)
+    return None
+
+
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Diff:
-    """What changed between two layout documents.  Raises HookError."""
+    """What changed between two layout documents.
+
+    Raises HookError where one is none, or where one contradicts itself: a tensor outside of every
+    region.
+    """
     try:
+        for document in (old, new):
+            name = outside_regions(document)
+            if name is not None:
+                raise HookError(
+                    f"the two cannot be compared: a layout has tensor {name} outside of every "
+                    f"region, so it contradicts itself; `sglang-weight-hook verify` says more"
+                )
         return diff(old, new)
     except (AttributeError, KeyError, TypeError) as error:
         raise HookError(

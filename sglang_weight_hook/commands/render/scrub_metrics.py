@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from ...memory.scrub import Baseline, Corruption, Event, Pass, Read, Waiting
+from ...memory.scrub import Corruption, Event, Pass, Read, Waiting
 from ...reader import HookError
 
 
@@ -19,63 +20,53 @@ def serve(port: int) -> Callable[[Event], None]:
             "prometheus_client"
         ) from None
     registry = prometheus.CollectorRegistry()
-    read = prometheus.Counter(
-        "sglang_weight_hook_scrub_read_bytes",
-        "Bytes of weights that the scrubber has read.",
-        registry=registry,
-    )
-    slot = ["slot"]
-    found = prometheus.Counter(
-        "sglang_weight_hook_scrub_corruptions",
-        "Places in a slot's weights whose bytes have changed without an update.",
-        slot,
-        registry=registry,
-    )
-    passes = prometheus.Counter(
-        "sglang_weight_hook_scrub_passes",
-        "How often all weights of a slot were compared with their baseline.",
-        slot,
-        registry=registry,
-    )
-    last = prometheus.Gauge(
-        "sglang_weight_hook_scrub_last_pass_timestamp_seconds",
-        "When all weights of a slot were last compared with their baseline (Unix time).",
-        slot,
-        registry=registry,
-    )
-    took = prometheus.Gauge(
-        "sglang_weight_hook_scrub_last_pass_seconds",
-        "How long the last comparison of all weights of a slot with their baseline took.",
-        slot,
-        registry=registry,
-    )
-    waiting = prometheus.Gauge(
-        "sglang_weight_hook_scrub_waiting",
-        "1 while the scrubber cannot read a slot's weights: they are being updated or released, "
-        "or the server has exited.",
-        slot,
-        registry=registry,
-    )
-
-    def count(event: Event) -> None:
-        if isinstance(event, Read):
-            read.inc(event.bytes)
-            return
-        waiting.labels(event.slot).set(isinstance(event, Waiting))
-        if isinstance(event, Corruption):
-            found.labels(event.slot).inc()
-        elif isinstance(event, Baseline):
-            found.labels(event.slot).inc(0)
-            passes.labels(event.slot).inc(0)
-        elif isinstance(event, Pass):
-            passes.labels(event.slot).inc()
-            last.labels(event.slot).set(time.time())
-            took.labels(event.slot).set(event.seconds)
-
+    count = _counting(prometheus, registry)
     try:
         prometheus.start_http_server(port, addr="127.0.0.1", registry=registry)
     except OSError as error:
         raise HookError(
             f"port {port} cannot be listened on ({error.strerror}); give another --metrics-port"
         ) from error
+    return count
+
+
+# Name (after the prefix) -> what it is.
+PREFIX = "sglang_weight_hook_scrub_"
+READ = "Bytes of weights that the scrubber has read."
+COUNTERS = {
+    "corruptions": "Places in a slot's weights whose bytes have changed without an update.",
+    "passes": "How often all weights of a slot were compared with their baseline.",
+}
+GAUGES = {
+    "last_pass_timestamp_seconds": "When all weights of a slot were last compared with their "
+    "baseline, in seconds since 1970-01-01 UTC.",
+    "last_pass_seconds": "How long the last comparison of all weights of a slot with their "
+    "baseline took.",
+    "waiting": "1 while the scrubber cannot read a slot's weights: they are being updated or "
+    "released, or the server has exited.",
+}
+
+
+def _counting(prometheus: Any, registry: Any) -> Callable[[Event], None]:
+    read = prometheus.Counter(PREFIX + "read_bytes", READ, registry=registry)
+    made = {
+        name: kind(PREFIX + name, text, ["slot"], registry=registry)
+        for kind, texts in ((prometheus.Counter, COUNTERS), (prometheus.Gauge, GAUGES))
+        for name, text in texts.items()
+    }
+
+    def count(event: Event) -> None:
+        if isinstance(event, Read):
+            read.inc(event.bytes)
+            return
+        for name in COUNTERS:  # a series that begins at 1 hides its first corruption from rate()
+            made[name].labels(event.slot).inc(0)
+        made["waiting"].labels(event.slot).set(isinstance(event, Waiting))
+        if isinstance(event, Corruption):
+            made["corruptions"].labels(event.slot).inc()
+        elif isinstance(event, Pass):
+            made["passes"].labels(event.slot).inc()
+            made["last_pass_timestamp_seconds"].labels(event.slot).set(time.time())
+            made["last_pass_seconds"].labels(event.slot).set(event.seconds)
+
     return count

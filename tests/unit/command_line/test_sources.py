@@ -67,7 +67,8 @@ def test_a_saved_copy_stands_for_a_slot(run: Run, layout: Any, maps: Path, tmp_p
 def test_a_dead_owner_is_told_on_stderr(run: Run, maps: Path, run_python: Any) -> None:
     run_python("-c", "from small_model import a_runner; kept = a_runner(); import os; os._exit(0)")
     ended = run("show")
-    assert ended.status == 0
+    assert ended.status == 3
+    assert run("show", "--allow-stale").status == 0
     assert "has exited, so its addresses are invalid" in ended.err
     assert run("show", "--json").json["owner_alive"] is False
 
