@@ -31,47 +31,29 @@ def report(
     A storage that a draft shares with its target is counted once.  Exit status 3 if a slot is
     stale, so left out unless --gone counts it, or is not ready, or cannot be read.
     """
-    directories_given = directories_of(directories)
-    status = 0
-    counted: list[Document] = []
-    slots: list[dict[str, Any]] = []
-    unreadable = 0
-    for found in directories_given:
+    asked = directories_of(directories)
+    slots = []
+    status = unreadable = 0
+    for found in asked:
         try:
-            published = found.slots()
+            slots += [_Accounted(slot, count_stale) for slot in found.slots()]
         except HookError as error:
-            if len(directories_given) == 1:
+            if len(asked) == 1:
                 raise
             complain(f"{found.path} is left out: {error}")
             unreadable += 1
+    for slot in slots:
+        if slot.document is not None:
+            status = max(status, stale_status(slot.document, allow_stale))
             continue
-        for slot in published:
-            entry: dict[str, Any] = {"dir": found.path, "slot": slot.name}
-            slots.append(entry)
-            try:
-                alive = entry["owner_alive"] = slot.owner_alive()
-                document = _countable(slot) if alive or count_stale else None
-            except HookError as error:
-                # The others' sums are still true; that they are not all is told here, by `counted`
-                # and by the exit status.
-                complain(f"slot {slot.name} in {found.path} is left out: {error}")
-                entry.update(counted=False, problem=str(error))
-                unreadable += 1
-                continue
-            entry["counted"] = document is not None
-            if document is None:
-                complain(
-                    f"slot {slot.name} in {found.path} is left out: its owner has exited "
-                    f"(--gone counts it)"
-                )
-                status = max(status, 0 if allow_stale else ACT)
-                continue
-            status = max(status, stale_status(document, allow_stale))
-            counted.append(document)
-            entry.update(heading(document))
-            names = ("role", "model_path", "model_class", "quantization", "tp_rank", "tp_size")
-            entry["identity"] = {name: document.identity.get(name) for name in names}
+        complain(f"slot {slot.name} in {slot.directory} is left out: {slot.why_not}")
+        if slot.is_unreadable:
+            unreadable += 1
+        elif not allow_stale:
+            status = ACT
+    counted = [slot.document for slot in slots if slot.document is not None]
     if unreadable:
+        # The sums of the others are true, and not of all that was asked for.
         if not counted:
             return NO_ANSWER
         status = ACT
@@ -82,14 +64,14 @@ def report(
             {
                 "gpus": [{**gpu.as_dict(), "rest": _other(gpu)} for gpu in gpus],
                 "total": {**total.as_dict(), "rest": _other(total)},
-                "slots": slots,
+                "slots": [slot.as_dict() for slot in slots],
             }
         )
         return status
     if not gpus:
         if slots:
             return status
-        where = ", ".join(found.path for found in directories_given)
+        where = ", ".join(found.path for found in asked)
         raise HookError(
             f"no live SGLang publishes in {where}; check --dir and that the server has loaded its "
             f"model"
@@ -98,11 +80,41 @@ def report(
     return status
 
 
-def _countable(slot: Slot) -> Document:
-    """The slot's document, if all that the sums need can be read in it.  Raises HookError."""
-    document = slot.read()
-    totals.per_gpu([document])
-    return document
+class _Accounted:
+    """A slot with its document, or with why it is left out; an unreadable one stops no other."""
+
+    def __init__(self, slot: Slot, count_stale: bool) -> None:
+        self.name = slot.name
+        self.directory = slot.directory
+        self.alive: Optional[bool] = None
+        self.document: Optional[Document] = None
+        self.why_not: Optional[str] = None
+        self.is_unreadable = False
+        try:
+            self.alive = slot.owner_alive()
+            if self.alive or count_stale:
+                document = slot.read()
+                totals.per_gpu([document])  # raises where the sums would
+                self.document = document
+            else:
+                self.why_not = "its owner has exited (--gone counts it)"
+        except HookError as error:
+            self.why_not, self.is_unreadable = str(error), True
+
+    def as_dict(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "dir": self.directory,
+            "owner_alive": self.alive,
+            "slot": self.name,
+            "counted": self.document is not None,
+        }
+        if self.is_unreadable:
+            entry["problem"] = self.why_not
+        if self.document is not None:
+            names = ("role", "model_path", "model_class", "quantization", "tp_rank", "tp_size")
+            entry.update(heading(self.document))
+            entry["identity"] = {name: self.document.identity.get(name) for name in names}
+        return entry
 
 
 def _print_gpus(gpus: list[totals.Gpu], total: totals.Gpu) -> None:
