@@ -76,32 +76,32 @@ def batches(copies: Iterable[Rows], limit: int = STAGE) -> Iterator[list[Rows]]:
     some: list[Rows] = []
     room = limit
     for copy in copies:
-        left = copy
-        while left.height:
-            if left.width > limit:  # a part of the first row
-                part, left = _split_row(left, room or limit)
-            else:
+        for left in _no_wider(copy, limit):
+            while left.height:
                 height = min(left.height, room // left.width)
-                part = left._replace(height=height)
-                left = left._replace(
-                    address=left.address + height * left.pitch, height=left.height - height
-                )
-            if part.height:
-                some.append(part)
-                room -= part.size
-            if left.height and some:
-                yield some
-                some, room = [], limit
+                if height:
+                    some.append(left._replace(height=height))
+                    room -= height * left.width
+                    left = left._replace(
+                        address=left.address + height * left.pitch, height=left.height - height
+                    )
+                if left.height:
+                    yield some
+                    some, room = [], limit
     if some:
         yield some
 
 
-def _split_row(rows: Rows, room: int) -> tuple[Rows, Rows]:
-    """The first ``room`` bytes of a single wide row, and the rest of it; rows come one by one."""
-    part = min(room, rows.width)
-    first = Rows(rows.address, part, 1, part)
-    rest = rows.width - part
-    return first, Rows(rows.address + part, rest, 1 if rest else 0, rest)
+def _no_wider(rows: Rows, limit: int) -> Iterator[Rows]:
+    """The same with no row of more than ``limit`` bytes: wider ones in parts, one by one."""
+    if rows.width <= limit:
+        yield rows
+        return
+    for number in range(rows.height):
+        start = rows.address + number * rows.pitch
+        for offset in range(0, rows.width, limit):
+            part = min(limit, rows.width - offset)
+            yield Rows(start + offset, part, 1, part)
 
 
 class _Copy2D(ctypes.Structure):

@@ -193,8 +193,9 @@ class Liar(threading.Thread):
         self.document = document
         self.answers = 0
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with contextlib.chdir(path.parent):  # for a short name
-            self.listener.bind(path.name)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # for a short name
+        self.listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        os.close(folder)
         self.listener.listen(8)
 
     def run(self) -> None:
@@ -211,7 +212,7 @@ class Liar(threading.Thread):
             if not line:
                 return
             request = json.loads(line)
-            if request["size"] == 0:
+            if request["size"] == 0 and self.random.random() < 0.9:
                 peer.sendall(b'{"ok": true, "end": 0, "allocations": []}\n')
                 continue
             self.answers += 1
@@ -230,7 +231,7 @@ class Liar(threading.Thread):
 
     def lie(self, request: dict[str, Any]) -> tuple[bytes, list[str]]:
         choose = self.random
-        region = self.document.region_at(request["ptr"])
+        region = self.document.region_at(request["ptr"]) or next(self.document.iter_regions())
         base, size = region.allocation_ptr, region.allocation_size
         numbers = [0, -1, 1, base, base + 1, size, 1 << 61, 1 << 63, 1 << 64, 1.5, True, None, "1",
                    [], {}, base + size, request["ptr"]]  # fmt: skip

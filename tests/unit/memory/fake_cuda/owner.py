@@ -109,11 +109,12 @@ class Part(torch.nn.Module):
         self.expanded = bits(1, 24, dtype=torch.float32).expand(6, 24)
         self.big = bits(5 * PIECE + 123, dtype=torch.uint8)
         self.large = bits(5 << 20, dtype=torch.uint8)
+        self.wide = bits(2, 3 << 20, dtype=torch.uint8)[:, : (5 << 19) + 1]
         self.empty = torch.empty(0, 4)
 
 
 def a_model() -> Any:
-    size = 8 << 20
+    size = 14 << 20
     model = torch.nn.Module()
     model.ipc = Part(Arena(cuda_malloc(size)))
     model.fd = Part(Arena(mapped(size, 1)))
