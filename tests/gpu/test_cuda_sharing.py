@@ -36,12 +36,18 @@ class SharingOwner:
 
     def __init__(self, process: subprocess.Popen[str], maps: Path) -> None:
         self.process = process
-        assert self.answer() == "ready"
+        if self.answer() != "ready":
+            self.end()
+            raise RuntimeError(f"the owner ended with {process.returncode}")
         self.slot = open_slot(str(maps), str(torch.cuda.current_device()))
 
     def answer(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
     def tell(self, what: str) -> str:
         assert self.process.stdin is not None
@@ -53,40 +59,55 @@ class SharingOwner:
         return {name: self.tell(f"digest {name}") for name in self.tell("names").split()}
 
 
+def begun(maps: Path, memory: str) -> SharingOwner:
+    environment = {
+        **os.environ,
+        "SGLANG_WEIGHT_HOOK_DIR": str(maps),
+        "SGLANG_WEIGHT_HOOK_SHARE": "1",
+        "SGLANG_WEIGHT_HOOK_CHECK_SECONDS": "0",
+        "SGLANG_WEIGHT_HOOK_QUIET_MS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    around: Any = contextlib.nullcontext()
+    if memory == "saver":
+        around = pytest.importorskip("torch_memory_saver").configure_subprocess()
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            environment.pop(name, None)  # the saver goes without expandable segments
+    with around:
+        preload = os.environ.get("LD_PRELOAD")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gpu.sharing_owner", memory],
+        cwd=ROOT,
+        env={**environment, **({"LD_PRELOAD": preload} if preload else {})},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return SharingOwner(process, maps)
+
+
 @pytest.fixture
 def start(maps: Path) -> Iterator[Callable[..., SharingOwner]]:
-    started: list[subprocess.Popen[str]] = []
+    """Start an owner of this test's own."""
+    started: list[SharingOwner] = []
 
     def begin(memory: str = "torch") -> SharingOwner:
-        environment = {
-            **os.environ,
-            "SGLANG_WEIGHT_HOOK_DIR": str(maps),
-            "SGLANG_WEIGHT_HOOK_SHARE": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        around: Any = contextlib.nullcontext()
-        if memory == "saver":
-            saver = pytest.importorskip("torch_memory_saver")
-            around = saver.configure_subprocess()
-            for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-                environment.pop(name, None)  # the saver goes without expandable segments
-        with around:
-            preload = os.environ.get("LD_PRELOAD")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.gpu.sharing_owner", memory],
-                cwd=ROOT,
-                env={**environment, **({"LD_PRELOAD": preload} if preload else {})},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        started.append(process)
-        return SharingOwner(process, maps)
+        started.append(begun(maps, memory))
+        return started[-1]
 
     yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    for owner in started:
+        owner.end()
+
+
+@pytest.fixture(scope="module")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharingOwner]:
+    """One owner for all tests that leave it as good as it was."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    found = begun(tmp_path_factory.mktemp("sharing") / "maps", "torch")
+    yield found
+    found.end()
 
 
 def sha(data: Any) -> str:
@@ -106,8 +127,7 @@ def expected_export() -> str:
 # --- bytes --------------------------------------------------------------------------------
 
 
-def test_every_tensor_reads_as_the_owner_has_it(start: Callable[..., SharingOwner]) -> None:
-    owner = start()
+def test_every_tensor_reads_as_the_owner_has_it(owner: SharingOwner) -> None:
     expected = owner.digests()
     with owner.slot.weights_held():
         document = owner.slot.read()
@@ -142,17 +162,12 @@ def test_memory_that_nobody_can_open_is_copied_by_the_owner(
         memory.read("big")
 
 
-def test_what_regions_say_of_rdma_is_what_the_driver_says(
-    start: Callable[..., SharingOwner],
-) -> None:
-    document = start().slot.read()
+def test_what_regions_say_of_rdma_is_what_the_driver_says(owner: SharingOwner) -> None:
+    document = owner.slot.read()
     assert {type(region.rdma_capable) for region in document.iter_regions()} == {bool}
 
 
-def test_a_reader_that_numbers_its_gpus_otherwise_finds_the_right_one(
-    start: Callable[..., SharingOwner],
-) -> None:
-    owner = start()
+def test_a_reader_that_numbers_its_gpus_otherwise_finds_the_right_one(owner: SharingOwner) -> None:
     gpu_uuid = owner.slot.read().identity["gpu_uuid"]
     code = (
         "import hashlib, sys, sglang_weight_hook as hook\n"
@@ -173,8 +188,7 @@ def test_a_reader_that_numbers_its_gpus_otherwise_finds_the_right_one(
 # --- views --------------------------------------------------------------------------------
 
 
-def test_a_view_is_the_owners_memory_without_a_copy(start: Callable[..., SharingOwner]) -> None:
-    owner = start()
+def test_a_view_is_the_owners_memory_without_a_copy(owner: SharingOwner) -> None:
     expected = owner.digests()
     document = owner.slot.read()
     with document.open_memory() as memory:
@@ -202,8 +216,8 @@ def test_a_view_is_the_owners_memory_without_a_copy(start: Callable[..., Sharing
     torch.cuda.synchronize()
 
 
-def test_views_that_outlive_their_memory_are_warned_of(start: Callable[..., SharingOwner]) -> None:
-    memory = start().slot.read().open_memory()
+def test_views_that_outlive_their_memory_are_warned_of(owner: SharingOwner) -> None:
+    memory = owner.slot.read().open_memory()
     view = memory.tensor("big")
     with pytest.warns(ResourceWarning, match="1 tensors are still in use"):
         memory.close()
@@ -214,8 +228,7 @@ def test_views_that_outlive_their_memory_are_warned_of(start: Callable[..., Shar
     torch.zeros(8, device="cuda").sum().item()  # the context is as good as before
 
 
-def test_work_on_views_is_done_before_they_are_closed(start: Callable[..., SharingOwner]) -> None:
-    owner = start()
+def test_work_on_views_is_done_before_they_are_closed(owner: SharingOwner) -> None:
     expected = owner.tell("digest big")
     with owner.slot.read().open_memory() as memory:
         torch.cuda._sleep(int(0.5e9))
@@ -227,8 +240,7 @@ def test_work_on_views_is_done_before_they_are_closed(start: Callable[..., Shari
 
 
 @pytest.mark.parametrize("way", ["cuda", "owner"])
-def test_nobody_waits_for_a_busy_device(start: Callable[..., SharingOwner], way: str) -> None:
-    owner = start()
+def test_nobody_waits_for_a_busy_device(owner: SharingOwner, way: str) -> None:
     expected = owner.tell("digest big")
     document = owner.slot.read()
     with document.open_memory(via=way) as memory:
@@ -242,10 +254,7 @@ def test_nobody_waits_for_a_busy_device(start: Callable[..., SharingOwner], way:
 
 
 @pytest.mark.parametrize("way", ["cuda", "owner"])
-def test_what_an_update_has_queued_is_waited_for(
-    start: Callable[..., SharingOwner], way: str
-) -> None:
-    owner = start()
+def test_what_an_update_has_queued_is_waited_for(owner: SharingOwner, way: str) -> None:
     owner.tell("queue 2")  # it returns at once
     document = owner.slot.read()
     assert document.state["state"] == "ready"
@@ -273,8 +282,7 @@ def test_an_event_and_a_death_are_told(start: Callable[..., SharingOwner], way: 
     torch.zeros(8, device="cuda").sum().item()
 
 
-def test_what_is_closed_pins_nothing_of_the_owners(start: Callable[..., SharingOwner]) -> None:
-    owner = start()
+def test_what_is_closed_pins_nothing_of_the_owners(owner: SharingOwner) -> None:
     with owner.slot.read().open_memory(via="cuda") as memory:
         memory.read("big")
     free = int(owner.tell("free"))

@@ -27,6 +27,7 @@ from sglang_weight_hook.layout.sharing import (
     POSIX_FD,
     SHARED_ALLOCATIONS,
 )
+from sglang_weight_hook.publisher import cuda_export
 from sglang_weight_hook.reader.conversation import Conversation
 
 pytest.importorskip("torch")
@@ -136,6 +137,16 @@ def test_nothing_is_handed_out_while_weights_are_changing(gpu: Gpu) -> None:
     assert asked(owner, ptr=plain.ptr, size=plain.span)[0]["ok"] is True
     owner.tell("release")
     assert asked(owner, ptr=plain.ptr, size=plain.span)[0]["error"] == "busy"
+
+
+@pytest.mark.parametrize(
+    ("types", "export"),
+    [(0, "none"), (1, "posix_fd"), (2, "none"), (8, "fabric"), (9, "posix_fd")],
+)
+def test_what_memory_was_made_exportable_by_says_how_it_is_opened(types: int, export: str) -> None:
+    """CUmemAllocationHandleType: 1 a descriptor, 2 and 4 of Windows, 8 fabric."""
+    properties = cuda_export._Properties(requested_handle_types=types)
+    assert cuda_export._export_by(properties) == export
 
 
 def test_a_cpu_servers_memory_is_not_opened(start_owner: Any) -> None:
