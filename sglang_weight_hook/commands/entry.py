@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (  # noqa: F401
     checksum,
+    compare,
     diff,
     doctor,
     history,
@@ -11,6 +12,7 @@ from . import (  # noqa: F401
     plot,
     regions,
     report,
+    save,
     scrub,
     show,
     verify,

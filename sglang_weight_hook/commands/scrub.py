@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -107,19 +108,19 @@ def scrub(
         for name in slot or names
     ]
     report = scrub_metrics.serve(metrics_port) if metrics_port else lambda event: None
-    ended = _ends_with_signals()
-    pace = _Pace({False: rate, True: baseline_rate}, ended)
     show = _print_json if as_json else _print_event
     corruptions = 0
-    for event in _merged(scrubbers, once, pace, ended):
-        report(event)
-        if isinstance(event, Read):
-            continue
-        show(event)
-        if isinstance(event, Corruption):
-            corruptions += 1
-            if stop:
-                break
+    with _ends_with_signals() as ended:
+        pace = _Pace({False: rate, True: baseline_rate}, ended)
+        for event in _merged(scrubbers, once, pace, ended):
+            report(event)
+            if isinstance(event, Read):
+                continue
+            show(event)
+            if isinstance(event, Corruption):
+                corruptions += 1
+                if stop:
+                    break
     return ACT if corruptions else 0
 
 
@@ -173,12 +174,19 @@ class _Pace:
             self._ended.wait(self._due - now)
 
 
-def _ends_with_signals() -> threading.Event:
+@contextlib.contextmanager
+def _ends_with_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    return ended
+    before = {
+        number: signal.signal(number, lambda *_: ended.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_json(event: Any) -> None:

@@ -35,6 +35,19 @@ class Box(NamedTuple):
         return prod(self.shape) * self.itemsize
 
 
+def index_of(shape: tuple[int, ...], element: int) -> tuple[int, ...]:
+    """The index of the ``element``-th value, row-major.
+
+    >>> index_of((3, 4), 7)
+    (1, 3)
+    """
+    index = []
+    for length in reversed(shape):
+        element, number = divmod(element, length)
+        index.append(number)
+    return tuple(reversed(index))
+
+
 class Fetch(NamedTuple):
     """How a box is fetched: stretches of memory, and where its values then lie."""
 

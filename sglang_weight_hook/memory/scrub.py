@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Optional, Union
 from ..layout.states import READY
 from ..reader import Document, HookError, Slot, Tensor
 from . import sums
+from .boxes import index_of
 from .errors import NotReadable
 from .memory import Memory
 
@@ -276,7 +277,7 @@ def _described(
     at = change.word * sums.WORD
     values[at : at + sums.WORD] = change.before.to_bytes(sums.WORD, "little")
     before = _number(values, inside, itemsize)
-    index = _index(tensor.shape, element)
+    index = index_of(tensor.shape, element)
     count = bin(flipped).count("1")
     steps = sum(n * step for n, step in zip(index, tensor.stride))
     return Corruption(
@@ -300,12 +301,3 @@ def _number(values: bytearray, start: int, size: int) -> Optional[str]:
     if start < 0 or start + size > len(values):
         return None
     return f"{int.from_bytes(values[start : start + size], 'little'):#0{2 + 2 * size}x}"
-
-
-def _index(shape: tuple[int, ...], element: int) -> tuple[int, ...]:
-    """The index of the ``element``-th value, row-major."""
-    index = []
-    for length in reversed(shape):
-        element, number = divmod(element, length)
-        index.append(number)
-    return tuple(reversed(index))

@@ -56,7 +56,12 @@ class Even(torch.nn.Module):  # each tensor holds one value all over
         for n in range(24):
             self.register_buffer(f"part{n}", torch.zeros(3000 + n, dtype=torch.int32))
 
-runner = FakeRunner(Odd() if sys.argv[1] == "odd" else Even())
+class Large(torch.nn.Module):  # one tensor of 400 MiB
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("all", torch.zeros(400 << 20, dtype=torch.uint8))
+
+runner = FakeRunner({"odd": Odd, "even": Even, "large": Large}[sys.argv[1]]())
 load(runner)
 settle()
 tensors = {**dict(runner.model.named_buffers()), **dict(runner.model.named_parameters()),

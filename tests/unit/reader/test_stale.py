@@ -25,7 +25,7 @@ def test_the_weights_of_a_dead_owner_are_not_held(owner: BytesOwner) -> None:
     owner.kill()
     for check in (False, True):
         held = owner.slot.weights_held(check=check)
-        with pytest.raises(OwnerGone, match="is stale: its owner .* has exited"), held:
+        with pytest.raises(OwnerGone, match=r"is stale: its owner .* has exited"), held:
             raise AssertionError("the body ran")
     with owner.slot.weights_held(allow=("stale",)):  # for post-mortems
         assert owner.slot.read().tensors

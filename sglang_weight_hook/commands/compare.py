@@ -1,0 +1,158 @@
+"""``sglang-weight-hook compare``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ..memory.compare import DIFFERENT, Finding, compare_sources
+from ..memory.sources import Pair, SlotSource, Source, saved_source, slots_of
+from ..reader import HookError
+from .app import ACT, command
+from .options import DirOption, JsonOption, MatchOption, ViaOption
+from .render.table import Column, print_table
+from .render.text import complain, print_json, print_line, printable
+from .selection import is_like
+
+_LISTED = 20
+
+
+@command(
+    "compare",
+    "sglang-weight-hook compare 0 model.safetensors\n"
+    "sglang-weight-hook compare /maps/replica1 /maps/replica2\n"
+    "sglang-weight-hook compare before.safetensors after.safetensors --json",
+)
+def compare(
+    one: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A slot, DIR:SLOT, a server's output directory (its slots with those of the same "
+            "names), a .safetensors file, an index, or a folder of such files.",
+        ),
+    ],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same again.")],
+    directory: DirOption = None,
+    match: MatchOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help=f"List all that differ, not only the first {_LISTED}.")
+    ] = False,
+    via: ViaOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare the bytes of two sets of weights.
+
+    Tells of each tensor that differs how many elements do, the first one's index and the largest
+    difference.  Exit status 0 if all are equal, 3 if not.
+    """
+    found: dict[str, list[Finding]] = {}
+    with contextlib.ExitStack() as stack:
+        for pair in _pairs(one, other, directory, via, stack):
+            found[pair.label] = list(
+                compare_sources(
+                    pair.one, pair.other, lambda name: match is None or is_like(name, match)
+                )
+            )
+    if not any(found.values()):
+        raise HookError(f"{one} and {other} have no tensor to be compared; see --match")
+    equal = all(finding.is_equal for each in found.values() for finding in each)
+    status = 0 if equal else ACT
+    if as_json:
+        print_json({"equal": equal, "pairs": [_as_dict(k, v) for k, v in found.items()]})
+        return status
+    for label, findings in found.items():
+        _print_findings(label if len(found) > 1 else "", findings, everything)
+    return status
+
+
+def _pairs(
+    one: str,
+    other: str,
+    directory: Optional[str],
+    via: Optional[str],
+    stack: contextlib.ExitStack,
+) -> Iterator[Pair]:
+    """What is compared with what; closed with ``stack``, and one after the other."""
+    mine, yours = slots_of(one, directory), slots_of(other, directory)
+    if mine is not None and yours is not None and (len(mine) > 1 or len(yours) > 1):
+        if mine.keys() != yours.keys():
+            apart = ", ".join(sorted(mine.keys() ^ yours.keys()))
+            raise HookError(f"{one} and {other} have not the same slots ({apart}); name two slots")
+        for name in mine:
+            with (
+                contextlib.closing(SlotSource(mine[name], via)) as a,
+                contextlib.closing(SlotSource(yours[name], via)) as b,
+            ):
+                yield Pair(f"slot {name}", a, b)
+        return
+    opened: list[Any] = []
+    for word, slots in ((one, mine), (other, yours)):
+        if slots is not None and len(slots) > 1:
+            raise HookError(
+                f"{word} has slots {', '.join(slots)}; name one of them: {word}:{next(iter(slots))}"
+            )
+        source: Source = (
+            saved_source(word) if slots is None else SlotSource(next(iter(slots.values())), via)
+        )
+        opened.append(stack.enter_context(contextlib.closing(source)))
+    yield Pair("", *opened)
+
+
+def _print_findings(label: str, findings: list[Finding], everything: bool) -> None:
+    different = [finding for finding in findings if not finding.is_equal]
+    shown = different if everything else different[:_LISTED]
+    if shown:
+        print_table(
+            [
+                Column("elements", right=True),
+                Column("first"),
+                Column("largest", right=True),
+                Column("relative", right=True),
+                Column("name"),
+            ],
+            [_row(finding) for finding in shown],
+        )
+    if len(shown) < len(different):
+        complain(f"{len(different) - len(shown)} more differ (--all lists them)")
+    before = f"{label}: " if label else ""
+    equal = len(findings) - len(different)
+    if different:
+        words = (f"{len(different)} of {len(findings)} tensors differ", "bold red")
+        print_line(before, words)
+        if equal == 0 and all(finding.verdict != DIFFERENT for finding in different):
+            complain(
+                "no name is on both sides with the same type and shape: SGLang fuses tensors under "
+                "names of its own, so compare with what `save` has written, not with a checkpoint"
+            )
+    else:
+        print_line(before, ("equal", "bold green"), f": {equal} tensors")
+
+
+def _row(finding: Finding) -> list[str]:
+    name = printable(finding.name)
+    if finding.verdict != DIFFERENT:
+        note = f": {finding.note}" if finding.note else ""
+        return ["-", "-", "-", "-", f"{name}  ({finding.verdict}{note})"]
+    return [
+        f"{finding.elements} of {finding.of}",
+        "[" + ", ".join(map(str, finding.first or ())) + "]",
+        _number(finding.largest),
+        _number(finding.largest_relative),
+        name,
+    ]
+
+
+def _number(value: Optional[float]) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _as_dict(label: str, findings: list[Finding]) -> dict[str, Any]:
+    return {
+        "pair": label,
+        "tensors": len(findings),
+        "different": [finding._asdict() for finding in findings if not finding.is_equal],
+    }

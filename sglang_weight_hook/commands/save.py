@@ -1,0 +1,142 @@
+"""``sglang-weight-hook save``."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from ..memory.save import SHARD_BYTES, Progress, Saved, save
+from ..reader import ControlError, HookError, NoSocket, NotAllowed, Slot, Tensor, open_directory
+from .app import Misused, command
+from .options import DirOption, JsonOption, MatchOption, ViaOption
+from .render.text import complain, print_json, print_line, size_text
+from .selection import heading, is_like, slots_in
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@command(
+    "save",
+    "sglang-weight-hook save 0 model.safetensors\n"
+    "sglang-weight-hook save 0 layer3.safetensors --match '*.layers.3.*'\n"
+    "sglang-weight-hook save 0 /snapshots/model.safetensors --shard-size 10GB --hold",
+)
+def save_(
+    slot: Annotated[
+        str, typer.Argument(metavar="SLOT", help="A slot of a running server (0, 0_draft, ...).")
+    ],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="The .safetensors file; weights of several shards are written as "
+            "FILE-00001-of-0000N.safetensors, with an index.",
+        ),
+    ],
+    directory: DirOption = None,
+    match: MatchOption = None,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest size of one file: 500MB, 5GB, ...")
+    ] = f"{SHARD_BYTES // 10**9}GB",
+    hold: Annotated[
+        bool,
+        typer.Option(
+            "--hold",
+            help="Hold the weights meanwhile; an update then waits, for 10 s at most "
+            "(SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT), and then goes on.",
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    via: ViaOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Save a running server's weights as safetensors.
+
+    Needs as much memory as one piece of 8 MiB.  What was interrupted is taken up again by the same
+    command if the weights are still the same.  Exit status 3 if they change meanwhile, or are not
+    ready: then nothing is left.
+    """
+    if not path.endswith(".safetensors"):
+        raise Misused(f"{path} does not end in .safetensors; give a name that does")
+    limit = _bytes(shard_size)
+    found = open_directory(directory)
+    names = [each.name for each in slots_in(found)]
+    if slot not in names:
+        raise HookError(f"there is no slot {slot} in {found.path}; it has {', '.join(names)}")
+    chosen = found.slot(slot)
+    _check(chosen)
+    with contextlib.ExitStack() as stack:
+        if hold:
+            stack.enter_context(chosen.weights_held())
+        tell = stack.enter_context(_progress())
+        done = save(chosen, path, _wanted(match), limit, via, force, tell)
+    if as_json:
+        return print_json({**heading(done.document), **_as_dict(done)})
+    for name in done.files:
+        print_line(name)
+    for name, dtype in done.raw.items():
+        complain(f"{name} is saved as plain bytes: safetensors has no {dtype}")
+    if done.left_out:
+        first, why = next(iter(done.left_out.items()))
+        complain(f"{len(done.left_out)} tensors are left out, such as {first}: {why}")
+    resumed = f", {size_text(done.resumed)} of them by an earlier try" if done.resumed else ""
+    complain(f"{done.tensors} tensors, {size_text(done.bytes)}{resumed}")
+    return 0
+
+
+def _check(slot: Slot) -> None:
+    """Have the owner compare its map with memory first, where it can be asked."""
+    with contextlib.suppress(NoSocket, NotAllowed, ControlError):
+        slot.check()
+
+
+def _wanted(match: Any) -> Callable[[Tensor], bool]:
+    return lambda tensor: (
+        match is None or any(is_like(name, match) for name in (tensor.name, *tensor.aliases))
+    )
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if size < 1:
+        raise Misused(f"--shard-size {text} is no size; give 500MB, 5GB, ...")
+    return size
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(progress: Progress) -> None:
+            bar.update(task, completed=progress.bytes, total=progress.of)
+
+        yield tell
+
+
+def _as_dict(done: Saved) -> dict[str, Any]:
+    return {
+        "files": done.files,
+        "index": done.index_file,
+        "tensors": done.tensors,
+        "bytes": done.bytes,
+        "resumed": done.resumed,
+        "left_out": done.left_out,
+        "saved_as_bytes": done.raw,
+    }

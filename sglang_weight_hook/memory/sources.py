@@ -1,0 +1,156 @@
+"""Where weights can be compared from: slots of running servers, and saved files."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Optional, Protocol
+
+from ..reader import HookError, Slot, open_directory
+from .memory import PIECE, Memory
+from .safetensors_file import Entry, SafetensorsFile, entry_of, index_of
+
+
+class Source(Protocol):
+    """Tensors by name, and their values piece by piece."""
+
+    label: str
+    entries: dict[str, Entry]
+    aliases: dict[str, str]  # other name -> name
+    left_out: dict[str, str]  # name -> why it cannot be compared
+
+    def pieces(self, name: str) -> Iterator[Any]:
+        """Bytes of the values, row-major, in whole elements.  Raises HookError."""
+
+    def close(self) -> None: ...
+
+
+class Pair(NamedTuple):
+    """Two that are to be compared."""
+
+    label: str
+    one: Source
+    other: Source
+
+
+class SlotSource:
+    """A slot of a running server."""
+
+    def __init__(self, slot: Slot, via: Optional[str] = None) -> None:
+        document = slot.read()
+        self.label = f"slot {slot.name} in {slot.directory}"
+        self._memory: Memory = document.open_memory(via=via)
+        self.entries: dict[str, Entry] = {}
+        self.aliases: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        for tensor in document.iter_tensors():
+            if tensor.resident and not tensor.volatile:
+                self.entries[tensor.name] = entry_of(tensor)[0]
+                self.aliases.update(dict.fromkeys(tensor.aliases, tensor.name))
+            else:
+                self.left_out[tensor.name] = "volatile" if tensor.volatile else tensor.device
+
+    def pieces(self, name: str) -> Iterator[Any]:
+        return self._memory.pieces(name, PIECE)
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class FileSource:
+    """One or several safetensors files."""
+
+    def __init__(self, label: str, paths: list[str]) -> None:
+        """Raises HookError."""
+        self.label = label
+        self.entries: dict[str, Entry] = {}
+        self.aliases: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        self._stack = ExitStack()
+        try:
+            for path in paths:
+                file = self._stack.enter_context(SafetensorsFile(path))
+                for name, entry in file.entries.items():
+                    if name in self.entries:
+                        raise HookError(f"{label} has tensor {name} twice; give one of the files")
+                    self.entries[name], self._files[name] = entry, file
+                self._take_names(file.metadata)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _take_names(self, metadata: dict[str, str]) -> None:
+        """What `save` has noted of aliases; other programs' files have none."""
+        for name, others in _object(metadata.get("aliases")).items():
+            if isinstance(others, list) and name in self.entries:
+                self.aliases.update((str(other), name) for other in others)
+        self.left_out.update(
+            (name, str(why)) for name, why in _object(metadata.get("left_out")).items()
+        )
+
+    def pieces(self, name: str) -> Iterator[Any]:
+        return self._files[name].pieces(name, PIECE)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _object(text: Optional[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# --- what a word on the command line means ------------------------------------------------
+
+
+def slots_of(word: str, directory: Optional[str]) -> Optional[dict[str, Slot]]:
+    """The slots that ``word`` names: ``0``, ``DIR:0``, or all of ``DIR``; None: it is no slot.
+
+    Raises HookError.
+    """
+    if word.endswith((".safetensors", ".safetensors.index.json")):
+        return None
+    if os.path.isdir(word):
+        names = glob.glob(os.path.join(glob.escape(word), "weight_state_*.json"))
+        return {slot.name: slot for slot in open_directory(word).slots()} if names else None
+    place, colon, name = word.rpartition(":")
+    if colon and os.path.isdir(place):
+        return {name: _slot(place, name)}
+    if os.sep in word:
+        raise HookError(f"{word} does not exist; give a slot, a saved file or a directory")
+    return {word: _slot(directory, word)}
+
+
+def _slot(place: Optional[str], name: str) -> Slot:
+    found = open_directory(place)
+    names = [slot.name for slot in found.slots()]
+    if name not in names:
+        raise HookError(f"there is no slot {name} in {found.path}; it has {', '.join(names)}")
+    return found.slot(name)
+
+
+def saved_source(word: str) -> FileSource:
+    """A file, an index or a folder of safetensors files.  Raises HookError."""
+    if os.path.isdir(word):
+        indexes = sorted(glob.glob(os.path.join(glob.escape(word), "*.safetensors.index.json")))
+        if len(indexes) == 1:
+            return FileSource(word, index_of(indexes[0]))
+        paths = sorted(glob.glob(os.path.join(glob.escape(word), "*.safetensors")))
+        if not paths:
+            raise HookError(f"{word} holds neither slots nor safetensors files; give another")
+        return FileSource(word, paths)
+    if word.endswith(".index.json"):
+        return FileSource(word, index_of(word))
+    if not os.path.exists(word):
+        index = word.removesuffix(".safetensors") + ".safetensors.index.json"
+        if os.path.exists(index):  # it was too large for one file
+            return FileSource(word, index_of(index))
+        raise HookError(f"{word} does not exist; give another file")
+    return FileSource(word, [word])

@@ -1,0 +1,112 @@
+"""save, compare, checksum and scrub as commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_sglang import FakeRunner, update
+
+if TYPE_CHECKING:
+    from ended_command import Run
+
+safetensors = pytest.importorskip("safetensors.torch")
+torch = pytest.importorskip("torch")
+
+
+def test_save_and_compare(run: Run, runner: FakeRunner, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    saved = run("save", "0", path)
+    assert (saved.status, saved.out) == (0, f"{path}\n")
+    assert "left out, such as offloaded: it lies on meta" in saved.err
+    assert len(safetensors.load_file(path)) > 10
+    equal = run("compare", "0", path)
+    assert (equal.status, equal.err) == (0, "")
+    assert equal.out.startswith("equal: ")
+    with torch.no_grad():
+        update(runner, during=lambda: runner.model.layers[0].mlp.weight.add_(0.5))
+    different = run("compare", path, "0")
+    assert different.status == 3
+    assert "layers.0.mlp.weight" in different.out
+    assert "36 of 36" in different.out
+    assert "1 of " in different.out
+    found = json.loads(run("compare", path, "0", "--json").out)
+    (pair,) = found["pairs"]
+    assert found["equal"] is False
+    assert pair["different"][0]["largest"] == pytest.approx(0.5)
+    assert run("compare", path, "0", "--match", "*norm*").status == 0
+    assert run("compare", path, path).status == 0
+
+
+def test_save_in_shards_as_json(run: Run, runner: FakeRunner, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    done = json.loads(run("save", "0", path, "--shard-size", "400B", "--hold", "--json").out)
+    assert (done["owner_alive"], done["state"]) == (True, "ready")
+    assert len(done["files"]) > 1
+    assert run("compare", "0", done["index"]).status == 0
+    assert run("compare", "0", tmp_path).status == 0  # the folder
+    assert run("compare", "0", path).status == 0  # the name that was asked for
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["save", "0", "model.bin"], 2, "does not end in .safetensors"),
+        (["save", "0", "m.safetensors", "--shard-size", "many"], 2, "is no size"),
+        (["save", "9", "m.safetensors"], 1, "there is no slot 9"),
+        (["save", "0", "m.safetensors", "--match", "*nothing*"], 1, "no tensor to be saved"),
+        (["save", "0", "/nowhere/m.safetensors"], 1, "No such file or directory"),
+        (["compare", "0", "9"], 1, "there is no slot 9"),
+        (["compare", "0", "gone.safetensors"], 1, "does not exist"),
+        (["compare", "0", "/nowhere"], 1, "does not exist"),
+        (["compare", "0", "/"], 1, "neither slots nor safetensors"),
+        (["checksum", "--via", "pigeon"], 1, "no way 'pigeon'"),
+        (["scrub", "9"], 1, "there is no slot 9"),
+    ],
+)
+def test_what_cannot_be_done_is_a_sentence(
+    run: Run,
+    runner: FakeRunner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    status: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run(*arguments)
+    assert (ended.status, ended.out) == (status, "")
+    assert says in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_checksums_are_those_that_the_server_publishes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, maps: Path
+) -> None:
+    from small_model import a_runner
+
+    from sglang_weight_hook.publisher import settings
+
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_CHECKSUM", "1")
+    settings._settings = None
+    runner = a_runner()
+    layout = json.loads((maps / "weight_layout_0.json").read_bytes())
+    published = {n: t["checksum"] for n, t in layout["tensors"].items() if t.get("checksum")}
+    ended = run("checksum", "--json")
+    assert ended.status == 0
+    assert json.loads(ended.out)["checksums"] == published
+    assert len(published) > 10
+    with torch.no_grad():  # behind the hook's back
+        runner.model.layers[1].input_layernorm.bias[2] = 1.0
+    ended = run("checksum")
+    assert ended.status == 3
+    assert "layers.1.input_layernorm.bias is not what the server has published" in ended.err
+
+
+def test_scrub_once(run: Run, runner: FakeRunner) -> None:
+    ended = run("scrub", "--once", "--rate", "0")
+    assert (ended.status, ended.err) == (0, "")
+    assert "baseline of content generation 1" in ended.out
+    assert "unchanged  pass 1" in ended.out
