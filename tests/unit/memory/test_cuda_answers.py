@@ -182,7 +182,7 @@ def test_the_format_page_has_the_limits_and_the_words_of_the_answers() -> None:
     section = text[text.index("### Copies and shared memory") :]
     for number in (COPY_RUNS, COPY_BYTES, SHARED_ALLOCATIONS):
         assert f" {number} " in section, number
-    for source in ("sharing.py", "background.py"):
+    for source in ("sharing.py", "background.py", "control.py"):
         code = (processes.ROOT / "sglang_weight_hook" / "publisher" / source).read_text()
         words = set(re.findall(r'refused\("(\w+)"', code))
         assert words
