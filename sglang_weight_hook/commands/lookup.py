@@ -86,7 +86,12 @@ def _print_hit(hit: Hit) -> None:
     if tensor.volatile:
         what.append("volatile")
     print_line((printable(tensor.name), "bold"))
-    if hit.element is None:
+    if hit.is_unknown:
+        print_line(
+            "  element  unknown: dimensions overlap in too many ways, or shape and size contradict "
+            "each other"
+        )
+    elif hit.element is None:
         print_line("  element  none: the byte lies between elements (padding)")
     else:
         text = ", ".join(map(str, hit.element))

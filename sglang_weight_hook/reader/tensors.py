@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple, Optional
 
 from ..layout.geometry import touched_bytes
+from .errors import HookError
 from .fields import Fields
+from .indices import Undecided, index_at
 from .names import layer_of, role_of
-
-# How many ways to divide an offset among overlapping dimensions are tried.  Tensors as torch
-# makes them need one for each dimension.
-_INDEX_TRIES = 10_000
 
 
 class Tensor(NamedTuple):
@@ -102,24 +100,36 @@ class Tensor(NamedTuple):
     def index_of(self, address: int) -> Optional[tuple[int, ...]]:
         """Index of the element that holds the byte at ``address``; None between elements.
 
-        Where elements overlap (stride 0) it is one of those that hold it.
+        Where elements overlap (stride 0) it is one of those that hold it.  Raises HookError where
+        that cannot be told: see `element_at`.
         """
         if not self.ptr <= address < self.end:
             return None
-        return self.element_at(address - self.ptr)[0]
+        index, _, is_unknown = self.element_at(address - self.ptr)
+        if is_unknown:
+            raise HookError(
+                f"which element of tensor {self.name!r} lies at {address:#x} cannot be told: its "
+                f"dimensions overlap in too many ways, or its shape and its size contradict each "
+                f"other; look the address up in the tensor that it is a view of"
+            )
+        return index
 
-    def element_at(self, offset: int) -> tuple[Optional[tuple[int, ...]], Optional[int]]:
-        """Index of the element that holds the byte at ``offset``, and which byte of it.
+    def element_at(self, offset: int) -> tuple[Optional[tuple[int, ...]], Optional[int], bool]:
+        """Index of the element that holds the byte at ``offset``, which byte of it, or unknown.
 
-        ``offset``: bytes from the first element's address, below ``span``.  Two None between
-        elements.
+        ``offset``: bytes from the first element's address, below ``span``.  Two None and False
+        between elements.  Two None and True where it is unknown whether an element holds it: many
+        dimensions overlap in no regular way, or shape and size contradict each other.
         """
         itemsize = _itemsize(self.shape, self.size)
         if not itemsize:
-            return None, None
+            return None, None, True
         number, byte = divmod(offset, itemsize)
-        index = _index(self.shape, self.stride, number)
-        return index, None if index is None else byte
+        try:
+            index = index_at(self.shape, self.stride, number)
+        except Undecided:
+            return None, None, True
+        return index, None if index is None else byte, False
 
 
 class Region(NamedTuple):
@@ -208,70 +218,17 @@ class Hit(NamedTuple):
 
     tensor: Tensor
     offset: int  # bytes from the tensor's first byte
-    element: Optional[tuple[int, ...]]  # its index; None between elements (padding)
+    element: Optional[tuple[int, ...]]  # its index; None between elements (padding), or unknown
     byte: Optional[int]  # which byte of that element
+    is_unknown: bool = False  # whether it could not be told which element, if any, holds the byte
 
     @property
-    def holds(self) -> bool:
-        """Whether the byte belongs to one of the tensor's elements."""
-        return self.element is not None
+    def holds(self) -> Optional[bool]:
+        """Whether the byte belongs to one of the tensor's elements; None: unknown."""
+        return None if self.is_unknown else self.element is not None
 
 
 def _itemsize(shape: tuple[int, ...], size: int) -> int:
     count = prod(shape)
     # Larger than its bytes is no tensor.
     return size // count if 0 < count <= size and size % count == 0 else 0
-
-
-def _index(
-    shape: tuple[int, ...], stride: tuple[int, ...], element: int
-) -> Optional[tuple[int, ...]]:
-    """An index with ``sum(index * stride) == element``, if there is one.
-
-    The widest stride goes first.  Where dimensions do not overlap at most one number fits
-    each; where they do (as_strided, unfold) the others are tried one by one.
-    """
-    plain = []  # dimensions from the widest to the narrowest, as nearly all tensors have them
-    left = element
-    for length, step in zip(shape, stride):
-        steps, left = divmod(left, step) if step else (0, left)
-        if steps >= length:
-            break
-        plain.append(steps)
-    else:
-        if not left:
-            return tuple(plain)
-    dimensions = sorted(
-        (k for k in range(len(shape)) if stride[k] and shape[k] > 1), key=lambda k: -stride[k]
-    )
-    # reach[n]: how far the dimensions from the n-th on get.
-    reach = [0]
-    for k in reversed(dimensions):
-        reach.append(reach[-1] + (shape[k] - 1) * stride[k])
-    reach.reverse()
-    index = [0] * len(shape)
-    # Per dimension decided: the numbers still to try, and what is left of the offset before it.
-    choices: list[tuple[Iterator[int], int]] = []
-    left = element
-    for _ in range(_INDEX_TRIES):
-        depth = len(choices)
-        if depth == len(dimensions):
-            if left == 0:
-                return tuple(index)
-        else:
-            step, length = stride[dimensions[depth]], shape[dimensions[depth]]
-            least = max(0, -((reach[depth + 1] - left) // step))
-            most = min(length - 1, left // step)
-            choices.append((iter(range(most, least - 1, -1)), left))
-        while choices:
-            numbers, before = choices[-1]
-            number = next(numbers, None)
-            if number is not None:
-                k = dimensions[len(choices) - 1]
-                index[k] = number
-                left = before - number * stride[k]
-                break
-            choices.pop()
-        else:
-            return None
-    return None

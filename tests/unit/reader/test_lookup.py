@@ -148,7 +148,7 @@ def test_look_up_agrees_with_writing_every_byte_down(
     assert order == sorted(order, reverse=True)
 
 
-def test_an_index_that_would_take_for_ever_is_given_up() -> None:
+def test_an_index_that_trying_would_take_for_ever_to_find_is_proven_not_to_exist() -> None:
     tensor = Tensor.from_raw(
         "w",
         {
