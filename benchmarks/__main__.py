@@ -20,6 +20,7 @@ MODULES = (
     "checking",
     "reading",
     "header",
+    "bytes",
     "scrubbing",
     "residence",
     "fleet",

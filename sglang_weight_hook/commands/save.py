@@ -20,6 +20,16 @@ from .selection import heading, is_like, slots_in
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+_File = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="The .safetensors file; weights of several shards are written as "
+        "FILE-00001-of-0000N.safetensors, with an index.",
+    ),
+]
+
+
 @command(
     "save",
     "sglang-weight-hook save 0 model.safetensors\n"
@@ -30,14 +40,7 @@ def save_(
     slot: Annotated[
         str, typer.Argument(metavar="SLOT", help="A slot of a running server (0, 0_draft, ...).")
     ],
-    path: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="The .safetensors file; weights of several shards are written as "
-            "FILE-00001-of-0000N.safetensors, with an index.",
-        ),
-    ],
+    path: _File,
     directory: DirOption = None,
     match: MatchOption = None,
     shard_size: Annotated[

@@ -1,4 +1,5 @@
-"""Bytes of a real server, read from outside; and a bit that is flipped in them while it serves."""
+"""Bytes of a real server: read and saved from outside, compared after an update; and a bit that is
+flipped in them while it serves."""
 
 from __future__ import annotations
 
@@ -48,6 +49,9 @@ def test_a_bit_that_is_flipped_in_a_serving_server_is_named(
     ) as server:
         (slot,) = server.maps.slots()
         assert_same_bytes_by_every_way(slot)
+        saved = tmp_path / "saved.safetensors"
+        assert command("save", "0", saved, "--hold", "--dir", server.maps.path).returncode == 0
+        assert command("compare", saved, "0", "--dir", server.maps.path).returncode == 0
         arguments = ["--dir", server.maps.path, "--json", "--rate", "0", "--every", "0.1"]
         scrubber = subprocess.Popen(
             [sys.executable, "-m", "sglang_weight_hook", "scrub", *arguments],
@@ -67,6 +71,10 @@ def test_a_bit_that_is_flipped_in_a_serving_server_is_named(
             assert status == 200
             seen = lines_of(scrubber, "baseline")
             assert not [line for line in seen if line["event"] == "corruption"]
+            different = command("compare", saved, "0", "--dir", server.maps.path, "--json")
+            assert different.returncode == 3
+            (pair,) = json.loads(different.stdout)["pairs"]
+            assert len(pair["different"]) > 10  # the norms and the rotary cache are the same
             pid = pid_of(slot)
             server.stop()
             wait_for_end(pid)
@@ -75,6 +83,17 @@ def test_a_bit_that_is_flipped_in_a_serving_server_is_named(
             scrubber.terminate()
             scrubber.communicate(timeout=30)
         assert scrubber.returncode == 3
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sglang_weight_hook", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def assert_same_bytes_by_every_way(slot: hook.Slot) -> None:
