@@ -17,7 +17,10 @@ class Backend(Protocol):
     name: str
 
     def reaches(self, tensor: Tensor) -> bool:
-        """Whether this way leads to the memory of ``tensor``, as far as can be told beforehand."""
+        """Whether this way leads to the memory of ``tensor``, as far as can be told beforehand.
+
+        Raises `NotReadable` where there is a reason why not: the next way is tried.
+        """
 
     def view(self, tensor: Tensor) -> Optional[Any]:
         """An object with ``__dlpack__`` over the tensor's own memory; None where there is none."""

@@ -49,13 +49,19 @@ class Backends:
             raise NotReadable(
                 f"{tensor.name} is on device {tensor.device}, whose memory cannot be read{by}"
             )
+        reasons = []
         for way in ways:
             backend = self._opened(way)
-            if backend is not None and backend.reaches(tensor):
-                return backend
+            if backend is None:
+                reasons.append(self._refused[way])
+                continue
+            try:
+                if backend.reaches(tensor):
+                    return backend
+            except NotReadable as error:
+                reasons.append(str(error))
         raise NotReadable(
-            "; ".join(self._refused[way] for way in ways if way in self._refused)
-            or f"{tensor.name} cannot be reached by {' or '.join(ways)}"
+            "; ".join(reasons) or f"{tensor.name} cannot be reached by {' or '.join(ways)}"
         )
 
     def _opened(self, way: str) -> Optional[Backend]:

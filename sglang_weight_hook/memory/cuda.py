@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
-from ..layout.sharing import LEGACY_IPC, POSIX_FD
+from ..layout.sharing import FABRIC, NO_EXPORT
 from ..reader import Document, Tensor
 from . import dlpack
 from .backend import Run
@@ -45,6 +45,8 @@ class CudaMemory:
         self._owner: Optional[Owner] = None
         self._tensor: Optional[Tensor] = None  # that was asked for last
         self._by_tensor: Optional[dict[str, set[Optional[str]]]] = None
+        self._proven: set[Optional[str]] = set()  # kinds of export that can be opened
+        self._refused: dict[Optional[str], str] = {}  # and those that cannot, with the reason
         try:
             self._start(document)
         except BaseException:
@@ -83,15 +85,32 @@ class CudaMemory:
         if not tensor.span:
             return True
         exports = self._exports_of(tensor)
-        if None not in exports:
-            return exports <= {LEGACY_IPC, POSIX_FD}
-        # The document is an older release's: it turns out when it is opened.
+        if exports & {FABRIC, NO_EXPORT}:
+            raise NotReadable(
+                f"the memory of {tensor.name} cannot be opened by another process; have the server "
+                f"copy it with open_memory(via='owner')"
+            )
+        # Whether the driver goes along turns out with the first of each kind, and what an older
+        # release's document does not say with every tensor.
+        for export in exports - self._proven:
+            if export not in self._refused:
+                self._try(tensor, export)
+            if export in self._refused:
+                raise NotReadable(self._refused[export])
+        return True
+
+    def _try(self, tensor: Tensor, export: Optional[str]) -> None:
+        """Open a tensor, to learn whether others like it can be opened.  Raises NotReadable."""
         try:
             with self._working():
                 self._open(tensor.ptr, tensor.end)
-        except NotReadable:
-            return False
-        return True
+        except NotReadable as error:
+            if export is None:
+                raise
+            self._refused[export] = str(error)
+            return
+        if export is not None:
+            self._proven.add(export)
 
     def _exports_of(self, tensor: Tensor) -> set[Optional[str]]:
         """What the regions under a tensor say; None among it where one does not."""

@@ -110,7 +110,7 @@ def test_what_is_outside_of_the_published_regions_is_not_handed_out(gpu: Gpu) ->
     for ptr, size in (
         (regions[0].ptr - 1, 2),
         (regions[-1].end - 1, 2),
-        (document.tensor("ipc.large").end + 512, 1),  # in the same allocation
+        (document.tensor("ipc.wide").end + (1 << 20), 1),  # in the same allocation
         (regions[0].ptr, 1 << 40),
         (4096, 1),
     ):

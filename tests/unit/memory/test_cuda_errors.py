@@ -72,7 +72,7 @@ while whole < {150 if way == "cuda" else 60} and time.monotonic() < end:
     try:
         with slot.read().open_memory(via="{way}") as memory:
             first = memory.read("ipc.big")[:1]
-            for name in "ipc.big", "fd.big", "ipc.large", "fd.large":
+            for name in "ipc.large", "fd.large", "ipc.big", "fd.big":
                 data = memory.read(name)
                 assert data == first * len(data), (name, first, set(data))
                 whole += 1
@@ -213,6 +213,31 @@ for call in {CALLS!r}:
 """
     gpu.read(code)
     processes.descriptors_settle(owner, before)
+
+
+def test_where_the_driver_refuses_to_open_memory_the_server_copies_it(gpu: Gpu) -> None:
+    """As between containers that share no IPC namespace."""
+    owner = gpu.owner()
+    code = """
+import json
+expected = json.loads(pause("ready"))
+os.environ["FAKE_CUDA_FAIL"] = "cuIpcOpenMemHandle_v2:205"
+with slot.read().open_memory() as memory:
+    for name, digest in expected.items():
+        assert sha(memory.read(name)) == digest, name
+    assert [memory.via(f"{part}.plain") for part in ("ipc", "fd")] == ["owner", "cuda"]
+    assert driver.fake_cuda_calls(b"cuIpcOpenMemHandle_v2") == 1  # and is not tried again
+with slot.read().open_memory(via="cuda") as memory:
+    with refused(NotReadable, "cuIpcOpenMemHandle with error 205.*share its IPC namespace"):
+        memory.read("ipc.plain")
+    with refused(NotReadable, "saver.plain cannot be opened by another process"):
+        memory.read("saver.plain")
+assert open_here() == NOTHING
+"""
+    reader = gpu.reader(code)
+    assert reader.said() == "ready"
+    reader.go(json.dumps(digests(owner)))
+    reader.ends()
 
 
 def test_a_call_that_close_makes_may_fail_and_the_others_are_made(gpu: Gpu) -> None:

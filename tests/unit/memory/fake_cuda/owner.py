@@ -175,7 +175,7 @@ def fill() -> None:
 def spin() -> None:
     while not stop.is_set():
         update(runner, during=fill)
-        stop.wait(0.003)
+        stop.wait(0.05)
 
 
 def told(what: str, argument: str) -> str:
