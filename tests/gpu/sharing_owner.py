@@ -72,6 +72,15 @@ def told(what: str, argument: str) -> str:
     elif what == "busy":  # SGLang's stream is, for so many seconds; no weight is written
         with torch.cuda.stream(stream):
             torch.cuda._sleep(int(float(argument) * 1.5e9))
+    elif what == "capture":  # a CUDA graph, until it is told to go on
+        graph, numbers = torch.cuda.CUDAGraph(), torch.zeros(1024, device="cuda")
+        with torch.cuda.graph(graph, stream=stream):
+            print("capturing", flush=True)
+            sys.stdin.readline()
+            numbers += 1
+        graph.replay()
+        torch.cuda.synchronize()
+        return str(int(numbers.sum()))
     elif what == "idle?":
         return str(stream.query())
     elif what == "release":

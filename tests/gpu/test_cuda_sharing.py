@@ -255,12 +255,28 @@ def test_nobody_waits_for_a_busy_device(owner: SharingOwner, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["cuda", "owner"])
 def test_what_an_update_has_queued_is_waited_for(owner: SharingOwner, way: str) -> None:
-    owner.tell("queue 2")  # it returns at once
+    started = time.monotonic()
+    owner.tell("queue 2")
+    assert time.monotonic() - started < 1, "the update has waited for the device"
     document = owner.slot.read()
     assert document.state["state"] == "ready"
     with document.open_memory(via=way) as memory:
         values = memory.read("big")
     assert values == b"\x4d" * len(values)
+
+
+@pytest.mark.parametrize("way", ["cuda", "owner"])
+def test_a_graph_that_the_server_captures_meanwhile_is_not_broken(
+    start: Callable[..., SharingOwner], way: str
+) -> None:
+    """In the default mode, in which a call of another thread that allocates breaks a capture."""
+    owner = start()
+    expected = owner.tell("digest big")
+    document = owner.slot.read()
+    assert owner.tell("capture") == "capturing"
+    with document.open_memory(via=way) as memory:  # the first of all, for which buffers are made
+        assert sha(memory.read("big")) == expected
+    assert owner.tell("go on") == "1024"
 
 
 @pytest.mark.parametrize("way", ["cuda", "owner"])
