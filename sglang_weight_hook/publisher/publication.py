@@ -35,6 +35,8 @@ from .tracked import Tracked
 def begin(tracked: Tracked) -> None:
     """An event has begun: only the state and the header say so."""
     if tracked.event is not None:
+        waited = time.time() - tracked.event.started_at
+        metrics.waited(tracked.slot.name, tracked.role, waited)
         _write_state(tracked, _describe(tracked, tracked.event, None, None))
 
 
@@ -54,6 +56,7 @@ def publish_event(tracked: Tracked) -> None:
 
 def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
     description = _describe(tracked, event, event.success, time.time())
+    figures: Optional[dict[str, Any]] = None
     if tracked.invalidated is None and not tracked.state_only:
         try:
             contents = _documents(tracked, runner, event, description)
@@ -61,6 +64,7 @@ def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
             tracked.lose(f"no document could be made: {type(error).__name__}: {error}")
         else:
             _write_documents(tracked, contents)
+            figures = contents[files.LAYOUT]["memory"]
             tracked.told_updated = tracked.updated
     if tracked.invalidated is not None:
         _write_documents(tracked, _empty_documents(tracked, description))
@@ -70,7 +74,7 @@ def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
         _write_documents(tracked, {files.SUMMARY: tracked.summary})
     _write_state(tracked, description)
     _log(tracked, description)
-    _measure(tracked, runner, event, description)
+    _measure(tracked, runner, event, description, figures)
     if event.is_start and tracked.problem is None and tracked.captured is not None:
         once.info(
             f"published {tracked.slot.name} {event.kind}",
@@ -90,6 +94,7 @@ def checked(tracked: Tracked, now: float) -> None:
             tracked.header.write(tracked.header.last._replace(checked_at=now))
         except OSError as error:
             once.warn("write " + tracked.slot.name, "cannot write the header: %s", error)
+    metrics.checked(tracked.slot.name, tracked.role, now)
 
 
 def withdraw(tracked: Tracked) -> None:
@@ -111,21 +116,32 @@ def let_go(tracked: Tracked) -> None:
     tracked.slot.abandon()
 
 
-def _measure(tracked: Tracked, runner: Any, event: Event, description: dict[str, Any]) -> None:
-    """SGLang's own /metrics, where it serves one."""
+def _measure(
+    tracked: Tracked,
+    runner: Any,
+    event: Event,
+    description: dict[str, Any],
+    figures: Optional[dict[str, Any]],
+) -> None:
+    """SGLang's own /metrics, where it serves one.  ``figures``: the layout's ``memory``."""
     metrics.update(
         runner,
         tracked.slot.name,
         tracked.role,
+        instance=tracked.instance,
         kind=event.kind,
+        starts=event.is_start,
         state=tracked.state,
         layout_generation=tracked.layout_generation,
         content_generation=tracked.content_generation,
         physical_epoch=tracked.physical_epoch,
+        kv_physical_epoch=tracked.kv_physical_epoch,
         success=event.success,
         started_at=event.started_at,
         finished_at=description["finished_at"],
+        checked_at=tracked.checked_at,
         weights_bytes=sum(tracked.storages.weights.values()) if tracked.captured else None,
+        memory=figures,
         capture_seconds=tracked.capture_seconds,
         lock_status=tracked.slot.lock_status,
     )
