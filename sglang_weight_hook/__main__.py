@@ -21,7 +21,7 @@ def main() -> int:
 
             return diagnosis.say_plainly("--json" in sys.argv)
         remedy = (
-            "pip install 'sglang-weight-hook[cli]'"
+            "pip install typer rich"
             if sys.version_info >= (3, 10)
             else "use it from Python 3.10 or later"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def test_show_is_what_the_process_itself_says(server: HookedServer, command: Com
     out = command("show", "0", "--sort", "size", "--top", "3").stdout.splitlines()
     assert len(out) == 5
     assert out[-1].startswith("3 of ")
+
+
+def test_the_sample_in_the_readme_is_what_a_server_publishes(slot: hook.Slot) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r'^```json\n("model.*?)\n```$', readme, re.DOTALL | re.MULTILINE)
+    ((name, sample),) = json.loads("{" + block + "}").items()
+    assert sample["storage_ptr"] == sample["ptr"]
+    published = dict(slot.read().tensors[name])
+    addresses = {key: sample[key] for key in ("ptr", "storage_ptr")}
+    assert sample == {**published, **addresses}
 
 
 def test_regions_report_and_plot(
@@ -239,7 +250,7 @@ def test_doctor_without_the_extra_says_what_to_install(hooked_python: Path, tmp_
         check=False,
     )
     assert done.returncode == 2
-    assert "pip install 'sglang-weight-hook[cli]'" in done.stderr
+    assert "pip install typer rich" in done.stderr
 
 
 def test_after_the_server_has_exited_every_command_says_stale(
@@ -261,7 +272,10 @@ def test_after_the_server_has_exited_every_command_says_stale(
     stale = command("verify", status=3).stdout
     assert "owner" in stale
     assert str(pid) in stale
-    assert f"(pid {pid}) has exited" in command("show").stderr
-    assert "left out" in command("report", status=1).stderr
-    assert answer(command("report", "--gone", "--json"))["total"]["weights"] > 0
+    for name in ("show", "regions", "plot"):
+        assert f"(pid {pid}) has exited" in command(name, status=3).stderr
+        assert f"(pid {pid}) has exited" in command(name, "--allow-stale").stderr
+    assert "left out" in command("report", status=3).stderr
+    gone = ("report", "--gone", "--allow-stale", "--json")
+    assert answer(command(*gone))["total"]["weights"] > 0
     command("watch", "--count", "1", "--timeout", "0.2", status=3)
