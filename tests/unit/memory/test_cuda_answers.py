@@ -168,10 +168,10 @@ def test_another_user_is_handed_nothing(gpu: Gpu) -> None:
         path.chmod(0o666)
     code = """
 import sglang_weight_hook.memory.backends
-document = slot.read()
+memory = slot.read().open_memory(via="cuda")  # which has asked nothing yet
 os.setresuid(65534, 65534, 0)
 with refused(NotReadable, "hung up without an answer|another user's"):
-    document.open_memory(via="cuda").read("fd.plain")
+    memory.read("fd.plain")
 assert open_here() == NOTHING
 """
     gpu.read(code)
