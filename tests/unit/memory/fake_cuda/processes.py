@@ -6,6 +6,7 @@ that the hook has no switch for tests.  With a real driver the same is tested in
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -66,6 +67,7 @@ def built() -> Path:
     if compiler is None:
         pytest.skip("the stand-in for the CUDA driver needs a C compiler")
     folder = Path(tempfile.mkdtemp(prefix="fake-cuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     command = [compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-pthread"]
     subprocess.run(
         [*command, "-o", str(folder / "libcuda.so.1"), str(HERE / "libcuda.c")], check=True
