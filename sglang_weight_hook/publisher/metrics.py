@@ -185,6 +185,35 @@ METRICS = {
 COUNTERS = tuple(name for name, metric in METRICS.items() if metric.type == "counter")
 
 
+class Ended(NamedTuple):
+    """An event that is over, and how the slot stands after it.  Times are in seconds since 1970."""
+
+    state: str
+    layout_generation: int
+    content_generation: int
+    physical_epoch: int
+    success: bool
+    started_at: float
+    finished_at: float
+    kv_physical_epoch: int = 0
+    instance: str = ""
+    kind: str = ""
+    starts: bool = False  # whether it belongs to the engine's start
+    checked_at: Optional[float] = None
+    weights_bytes: Optional[int] = None  # None where nothing was captured
+    memory: Optional[Mapping[str, Any]] = None  # the layout's; None where none was published
+    capture_seconds: Optional[float] = None
+    lock_status: str = "held"  # the slot's, from while the event lasted
+
+    @property
+    def announced(self) -> bool:
+        return self.kind != UNANNOUNCED
+
+    @property
+    def duration(self) -> float:
+        return max(self.finished_at - self.started_at, 0.0)
+
+
 class _Slot:
     """The samples of one slot, and what is to be told once there is a client."""
 
@@ -214,6 +243,28 @@ class _Slot:
         self.kinds.add(kind)
         return kind
 
+    def count(self, ended: Ended, waited_for: Optional[float]) -> None:
+        self.due["unannounced_changes"] += not ended.announced
+        self.due["events"] += ended.announced
+        self.due["event_failures"] += not ended.success
+        self.due["lock_timeouts"] += ended.lock_status == "timeout"
+        if ended.announced:
+            kind = self.kind(ended.kind, ended.starts)
+            self.observed.append(("event_duration_seconds", (kind,), ended.duration))
+        if waited_for is not None:
+            self.observed.append(("lock_wait_seconds", (), waited_for))
+        if ended.capture_seconds is not None:
+            self.observed.append(("capture_duration_seconds", (), ended.capture_seconds))
+
+    def tell_what_is_due(self) -> None:
+        for name, number in self.due.items():
+            # Also by zero: a series that begins at 1 hides its first failure from rate().
+            self.sample(name).inc(number)
+            self.due[name] = 0
+        while self.observed:
+            name, labels, seconds = self.observed.popleft()
+            self.sample(name, *labels).observe(seconds)
+
 
 _metrics: Optional[dict[str, Any]] = None
 _failed = False  # the client refused once, and what it has registered it refuses again
@@ -221,34 +272,10 @@ _slots: dict[tuple[str, str], _Slot] = {}
 _waits: dict[tuple[str, str], float] = {}
 
 
-def update(
-    runner: Any,
-    slot: str,
-    role: str,
-    *,
-    instance: str = "",
-    kind: str = "",
-    starts: bool = False,
-    state: str,
-    layout_generation: int,
-    content_generation: int,
-    physical_epoch: int,
-    kv_physical_epoch: int = 0,
-    success: bool,
-    started_at: float,
-    finished_at: float,
-    checked_at: Optional[float] = None,
-    weights_bytes: Optional[int] = None,
-    memory: Optional[Mapping[str, Any]] = None,
-    capture_seconds: Optional[float] = None,
-    lock_status: str = "held",
-) -> None:
+def update(runner: Any, slot: str, role: str, ended: Ended) -> None:
     """An event of ``slot`` is over and published.  Call it once an event, after publishing.
 
-    ``role``: ``target`` or ``draft``.  ``starts``: it belongs to the engine's start.
-    ``started_at``, ``finished_at``, ``checked_at``: seconds since 1970.
-    ``weights_bytes``: None where nothing was captured.  ``memory``: the layout's; None where
-    none was published.  ``lock_status``: the slot's, from while the event lasted.
+    ``role``: ``target`` or ``draft``.
     """
     try:
         waited_for = _waits.pop((slot, role), None)
@@ -257,52 +284,14 @@ def update(
         mine = _slots.get((slot, role))
         if mine is None:
             mine = _slots[slot, role] = _Slot(slot, role)
-        duration = max(finished_at - started_at, 0.0)
-        announced = kind != UNANNOUNCED
-        mine.due["unannounced_changes"] += not announced
-        mine.due["events"] += announced
-        mine.due["event_failures"] += not success
-        mine.due["lock_timeouts"] += lock_status == "timeout"
-        if announced:
-            name = mine.kind(kind, starts)
-            mine.observed.append(("event_duration_seconds", (name,), duration))
-        if waited_for is not None:
-            mine.observed.append(("lock_wait_seconds", (), waited_for))
-        if capture_seconds is not None:
-            mine.observed.append(("capture_duration_seconds", (), capture_seconds))
+        mine.count(ended, waited_for)
         if not _make():
             return
-        if mine.instance != instance:
-            mine.instance = instance
+        if mine.instance != ended.instance:
+            mine.instance = ended.instance
             _introduce(mine, runner)
-        figures = {
-            "weights_bytes": weights_bytes,
-            "layout_generation": layout_generation,
-            "content_generation": content_generation,
-            "physical_epoch": physical_epoch,
-            "kv_physical_epoch": kv_physical_epoch,
-            "checked_timestamp_seconds": checked_at,
-            "last_event_success": int(success),
-            "last_event_seconds": duration,
-            "last_event_timestamp_seconds": finished_at,
-            "capture_seconds": capture_seconds,
-        }
-        for name, value in figures.items():
-            if value is not None:
-                mine.sample(name).set(value)
-        for name in MEMORY if memory is not None else ():
-            value = (memory or {}).get(name + "_bytes")
-            if value is not None:
-                mine.sample("memory_bytes", name).set(value)
-        for each in STATES:
-            mine.sample("state", each).set(int(each == state))
-        for name, number in mine.due.items():
-            # Also by zero: a series that begins at 1 hides its first failure from rate().
-            mine.sample(name).inc(number)
-            mine.due[name] = 0
-        while mine.observed:
-            name, labels, seconds = mine.observed.popleft()
-            mine.sample(name, *labels).observe(seconds)
+        _set_gauges(mine, ended)
+        mine.tell_what_is_due()
     except Exception as error:
         _give_up(error)
 
@@ -351,6 +340,31 @@ def series() -> int:
         several.get(name, 1) * (len(metric.buckets) + 3 if metric.buckets else 1)
         for name, metric in METRICS.items()
     )
+
+
+def _set_gauges(mine: _Slot, ended: Ended) -> None:
+    figures = {
+        "weights_bytes": ended.weights_bytes,
+        "layout_generation": ended.layout_generation,
+        "content_generation": ended.content_generation,
+        "physical_epoch": ended.physical_epoch,
+        "kv_physical_epoch": ended.kv_physical_epoch,
+        "checked_timestamp_seconds": ended.checked_at,
+        "last_event_success": int(ended.success),
+        "last_event_seconds": ended.duration,
+        "last_event_timestamp_seconds": ended.finished_at,
+        "capture_seconds": ended.capture_seconds,
+    }
+    for name, value in figures.items():
+        if value is not None:
+            mine.sample(name).set(value)
+    if ended.memory is not None:
+        for name in MEMORY:
+            size = ended.memory.get(name + "_bytes")
+            if size is not None:
+                mine.sample("memory_bytes", name).set(size)
+    for each in STATES:
+        mine.sample("state", each).set(int(each == ended.state))
 
 
 def _introduce(mine: _Slot, runner: Any) -> None:

@@ -124,10 +124,7 @@ def _measure(
     figures: Optional[dict[str, Any]],
 ) -> None:
     """SGLang's own /metrics, where it serves one.  ``figures``: the layout's ``memory``."""
-    metrics.update(
-        runner,
-        tracked.slot.name,
-        tracked.role,
+    ended = metrics.Ended(
         instance=tracked.instance,
         kind=event.kind,
         starts=event.is_start,
@@ -145,6 +142,7 @@ def _measure(
         capture_seconds=tracked.capture_seconds,
         lock_status=tracked.slot.lock_status,
     )
+    metrics.update(runner, tracked.slot.name, tracked.role, ended)
 
 
 def _describe(

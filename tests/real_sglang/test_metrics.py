@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import sglang_weight_hook as hook
 from cpu_sglang.environment import Environment
 from sglang_weight_hook.publisher import metrics
 from tests.real_sglang.hooked import HookedServer
@@ -44,6 +45,29 @@ def started_at(identity: dict[str, Any]) -> float:
     return int(boot) + int(identity["process_start_ticks"]) / os.sysconf("SC_CLK_TCK")
 
 
+def info_of(samples: dict[str, float]) -> str:
+    (info,) = [name for name in samples if name.startswith("info{")]
+    return info
+
+
+def assert_memory_and_identity(samples: dict[str, float], document: hook.Document) -> None:
+    """The samples of what the layout says, too."""
+    for kind in metrics.MEMORY:
+        published = document.raw["memory"][kind + "_bytes"]
+        sample = f'memory_bytes{{kind="{kind}",role="target",slot="0"}}'
+        assert samples.get(sample) == published, kind
+    assert samples[f"owner_start_time_seconds{TARGET}"] == pytest.approx(
+        started_at(document.raw["identity"]), abs=1
+    )
+    info = info_of(samples)
+    assert samples[info] == 1
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', info))
+    identity = {**document.raw["identity"], "model": document.raw["identity"]["model_path"]}
+    assert labels.keys() == {*metrics.LABELS, *metrics.INFO}
+    for name in metrics.INFO:
+        assert labels[name] == ("" if identity[name] is None else str(identity[name])), name
+
+
 def test_a_real_server_serves_our_metrics_without_a_flag_of_ours(
     environment: Environment,
     hooked_python: Path,
@@ -64,20 +88,7 @@ def test_a_real_server_serves_our_metrics_without_a_flag_of_ours(
         assert before[f"content_generation{TARGET}"] == document.content_generation
         assert before['state{role="target",slot="0",state="ready"}'] == 1
         assert before[f"event_failures_total{TARGET}"] == 0
-        for kind in metrics.MEMORY:
-            published = document.raw["memory"][kind + "_bytes"]
-            sample = f'memory_bytes{{kind="{kind}",role="target",slot="0"}}'
-            assert before.get(sample) == published, kind
-        assert before[f"owner_start_time_seconds{TARGET}"] == pytest.approx(
-            started_at(document.raw["identity"]), abs=1
-        )
-        (info,) = [name for name in before if name.startswith("info{")]
-        assert before[info] == 1
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', info))
-        identity = {**document.raw["identity"], "model": document.raw["identity"]["model_path"]}
-        assert labels.keys() == {*metrics.LABELS, *metrics.INFO}
-        for name in metrics.INFO:
-            assert labels[name] == ("" if identity[name] is None else str(identity[name])), name
+        assert_memory_and_identity(before, document)
 
         # While nothing happens, only the time of the last check moves.
         assert before[f"check_period_seconds{TARGET}"] == 1
@@ -100,7 +111,7 @@ def test_a_real_server_serves_our_metrics_without_a_flag_of_ours(
         for name in ("capture_duration_seconds_count", "lock_wait_seconds_count"):
             assert after[f"{name}{TARGET}"] == before[f"{name}{TARGET}"] + 1
         # Another path is no other series.
-        assert [name for name in after if name.startswith("info{")] == [info]
+        assert info_of(after) == info_of(before)
 
         status, answer = server.update_weights_from_disk(tmp_path / "nothing")
         assert not answer["success"]

@@ -48,11 +48,11 @@ for number, more in enumerate(json.loads(sys.argv[1])):
         continue
     if more.pop("moves_model", False):
         runner.model_config.model_path = "/models/updated"
-    metrics.update(runner, more.pop("slot", "0"), more.pop("role", "target"), **{{
+    metrics.update(runner, more.pop("slot", "0"), more.pop("role", "target"), metrics.Ended(**{{
         "state": "ready", "layout_generation": 1, "content_generation": number,
         "physical_epoch": 0, "success": True, "started_at": 100.0, "finished_at": 102.5,
         "kv_physical_epoch": 3, "checked_at": 102.0, "kind": "update_weights_from_disk",
-        "weights_bytes": 4096, "capture_seconds": 0.25, **more}})
+        "weights_bytes": 4096, "capture_seconds": 0.25, **more}}))
 print(sorted(name for name in sys.modules if name == "prometheus_client"))
 """
 SCRAPE = """
@@ -308,18 +308,7 @@ def test_a_broken_client_is_said_once_and_never_raised(
     runner = SimpleNamespace(server_args=SimpleNamespace(enable_metrics=True))
     once._said.clear()
     for _ in range(3):
-        metrics.update(
-            runner,
-            "0",
-            "target",
-            state="ready",
-            layout_generation=1,
-            content_generation=1,
-            physical_epoch=0,
-            success=True,
-            started_at=0.0,
-            finished_at=1.0,
-        )
+        metrics.update(runner, "0", "target", metrics.Ended("ready", 1, 1, 0, True, 0.0, 1.0))
         metrics.checked("0", "target", 1.0)
         metrics.forget("0", "target")
     assert len([line for line in caplog.messages if "no metrics" in line]) == 1
@@ -333,8 +322,8 @@ import prometheus_client
 from prometheus_client import values
 from sglang_weight_hook.publisher import metrics
 runner = SimpleNamespace(server_args=SimpleNamespace(enable_metrics=True))
-metrics.update(runner, "0", "target", state="ready", layout_generation=1, content_generation=1,
-    physical_epoch=0, success=True, started_at=100.0, finished_at=102.5, weights_bytes=1)
+metrics.update(runner, "0", "target", metrics.Ended("ready", 1, 1, 0, True, 100.0, 102.5,
+    weights_bytes=1))
 sample = metrics._slots["0", "target"].sample("weights_bytes")._value
 (lock,) = [cell.cell_contents for cell in type(sample).set.__closure__
     if hasattr(cell.cell_contents, "acquire")]
