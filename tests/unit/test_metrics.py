@@ -16,9 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_sglang import FakeRunner, load, settle, stream, update
+from published_files import a_model
 
 import sglang_weight_hook
-from sglang_weight_hook.publisher import metrics, once
+from sglang_weight_hook.publisher import metrics, once, recorder, settings
 from sglang_weight_hook.publisher.events import UNANNOUNCED
 from sglang_weight_hook.publisher.metrics import PREFIX
 
@@ -345,6 +347,62 @@ def test_a_runner_collected_inside_the_client_blocks_nothing_and_leaves_no_state
     assert found[f"{PREFIX}check_period_seconds{TARGET}"] == 0
     assert set(named(found, "state").values()) == {0}
     assert set(named(found, "info").values()) == {0}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which functions of ours the recorder calls."""
+    seen: list[str] = []
+    for name in ("waited", "update", "checked", "forget"):
+        real = getattr(metrics, name)
+
+        def noted(*arguments: Any, name: str = name, real: Any = real) -> None:
+            seen.append(name)
+            real(*arguments)
+
+        monkeypatch.setattr(metrics, name, noted)
+    return seen
+
+
+def test_further_buckets_of_a_stream_cost_nothing(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    # The stream is ended here, not by the thread.
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_QUIET_MS", "60000")
+    settings._settings = None
+    runner = FakeRunner(a_model())
+    load(runner)
+    settle()
+    asked.clear()
+    for _ in range(20):
+        stream(runner)
+    assert asked == ["waited"]
+    recorder._RECORDER.end_streams(time.monotonic(), everything=True)
+    assert asked == ["waited", "update"]
+
+
+def test_a_check_that_holds_says_so(asked: list[str], runner: FakeRunner) -> None:
+    (tracked,) = recorder._RECORDER.runners()
+    asked.clear()
+    assert recorder._RECORDER.check(tracked, thoroughly=True)
+    assert asked == ["checked"]
+
+
+def test_a_failing_client_does_not_reach_sglang(
+    runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise OSError(28, "No space left on device")
+
+    runner.server_args = SimpleNamespace(enable_metrics=True)
+    monkeypatch.setattr(metrics, "_metrics", dict.fromkeys(metrics.METRICS, Broken()))
+    monkeypatch.setattr(metrics, "_slots", {})
+    update(runner)
+    (tracked,) = recorder._RECORDER.runners()
+    assert recorder._RECORDER.check(tracked, thoroughly=True)
+    assert metrics._slots  # so it was asked
 
 
 def test_every_text_stands_alone() -> None:
