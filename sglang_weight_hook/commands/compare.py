@@ -8,14 +8,14 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..memory.compare import DIFFERENT, Finding, compare_sources
-from ..memory.sources import Pair, SlotSource, Source, saved_source, slots_of
+from ..memory.compare import DIFFERENT, ONLY_ONE, ONLY_OTHER, Finding, compare_sources
+from ..memory.sources import FileSource, Pair, SlotSource, Source, saved_source, slots_of
 from ..reader import HookError
 from .app import ACT, command
 from .options import DirOption, JsonOption, MatchOption, ViaOption
 from .render.table import Column, print_table
 from .render.text import complain, print_json, print_line, printable
-from .selection import is_like
+from .selection import heading, is_like
 
 _LISTED = 20
 
@@ -50,8 +50,11 @@ def compare(
     difference.  Exit status 0 if all are equal, 3 if not.
     """
     found: dict[str, list[Finding]] = {}
+    described: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         for pair in _pairs(one, other, directory, via, stack):
+            described[pair.label] = {"one": _heading(pair.one), "other": _heading(pair.other)}
+            _tell_left_out(pair)
             found[pair.label] = list(
                 compare_sources(
                     pair.one, pair.other, lambda name: match is None or is_like(name, match)
@@ -62,7 +65,8 @@ def compare(
     equal = all(finding.is_equal for each in found.values() for finding in each)
     status = 0 if equal else ACT
     if as_json:
-        print_json({"equal": equal, "pairs": [_as_dict(k, v) for k, v in found.items()]})
+        pairs = [{**_as_dict(label, each), **described[label]} for label, each in found.items()]
+        print_json({"equal": equal, "pairs": pairs})
         return status
     for label, findings in found.items():
         _print_findings(label if len(found) > 1 else "", findings, everything)
@@ -123,13 +127,43 @@ def _print_findings(label: str, findings: list[Finding], everything: bool) -> No
     if different:
         words = (f"{len(different)} of {len(findings)} tensors differ", "bold red")
         print_line(before, words)
-        if equal == 0 and all(finding.verdict != DIFFERENT for finding in different):
-            complain(
-                "no name is on both sides with the same type and shape: SGLang fuses tensors under "
-                "names of its own, so compare with what `save` has written, not with a checkpoint"
-            )
+        _tell_names(before, findings)
     else:
         print_line(before, ("equal", "bold green"), f": {equal} tensors")
+
+
+def _tell_names(before: str, findings: list[Finding]) -> None:
+    """How many names are on both sides, where not all are."""
+    here, there = (sum(f.verdict == kind for f in findings) for kind in (ONLY_ONE, ONLY_OTHER))
+    if here or there:
+        complain(
+            f"{before}{len(findings) - here - there} names are on both sides, {here} only in the "
+            f"first, {there} only in the second"
+        )
+    if here and there:
+        complain(
+            "SGLang fuses tensors under names of its own (qkv_proj, gate_up_proj): compare with "
+            "what `save` has written rather than with a checkpoint"
+        )
+
+
+def _tell_left_out(pair: Pair) -> None:
+    for which, source in (("first", pair.one), ("second", pair.other)):
+        if source.left_out:
+            name, why = next(iter(source.left_out.items()))
+            complain(
+                f"{len(source.left_out)} tensors of the {which} are not compared, such as "
+                f"{printable(name)}: {printable(why)}"
+            )
+
+
+def _heading(source: Source) -> dict[str, Any]:
+    """Which weights these are: of which slot and generations, or of which file."""
+    if isinstance(source, SlotSource):
+        return {"directory": source.document.slot.directory, **heading(source.document)}
+    assert isinstance(source, FileSource)
+    names = ("slot", "instance", "layout_generation", "content_generation", "saved_at")
+    return {"path": source.label, **{name: source.metadata.get(name) for name in names}}
 
 
 def _row(finding: Finding) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from .options import DirOption, JsonOption, MatchOption, ViaOption
 from .render.text import complain, print_json, print_line, size_text
 from .selection import heading, is_like, slots_in
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -62,7 +64,7 @@ def save_(
 
     Needs as much memory as one piece of 8 MiB.  What was interrupted is taken up again by the same
     command if the weights are still the same.  Exit status 3 if they change meanwhile, or are not
-    ready: then nothing is left.
+    ready: then nothing is left.  Names are SGLang's own, of the tensors that it has fused.
     """
     if not path.endswith(".safetensors"):
         raise Misused(f"{path} does not end in .safetensors; give a name that does")
@@ -77,7 +79,15 @@ def save_(
         if hold:
             stack.enter_context(chosen.weights_held())
         tell = stack.enter_context(_progress())
-        done = save(chosen, path, _wanted(match), limit, via, force, tell)
+        try:
+            done = save(chosen, path, _wanted(match), limit, via, force, tell)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise HookError(
+                f"{error.strerror} ({error.filename}); make room and give the same command again, "
+                f"which goes on where this one stopped, or give another path"
+            ) from error
     if as_json:
         return print_json({**heading(done.document), **_as_dict(done)})
     for name in done.files:

@@ -9,7 +9,6 @@ every file that is read, is opened with the library first, which refuses what is
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -20,6 +19,7 @@ from ..reader import HookError, Tensor
 from .dtypes import ELEMENT_TYPES
 from .errors import NotReadable
 
+_LARGEST_HEADER = 100_000_000  # bytes; the library refuses a larger one
 RAW = "raw_dtypes"  # metadata: names of tensors saved as bytes -> torch's name of their type
 
 
@@ -57,16 +57,35 @@ def header_of(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def checked(path: str) -> Any:
-    """The safetensors library's own reading of a file.  Raises HookError where it has none."""
+def metadata_at(path: str) -> dict[str, str]:
+    """What a file says of itself, also where it is cut off behind its header; else nothing."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            described = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
+        metadata = described.get("__metadata__") or {}
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def require() -> None:
+    """Raises NotReadable where the libraries are missing that saved weights need."""
     try:
         import numpy  # noqa: F401
-        from safetensors import SafetensorError, safe_open
+        import safetensors  # noqa: F401
     except ImportError as error:
         raise NotReadable(
             f"saved weights need {error.name}, which is not installed here; pip install numpy "
-            f"ml_dtypes safetensors"
+            f"safetensors ml_dtypes"
         ) from None
+
+
+def checked(path: str) -> Any:
+    """The safetensors library's own reading of a file.  Raises HookError where it has none."""
+    require()
+    from safetensors import SafetensorError, safe_open
+
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError, ValueError) as error:
@@ -76,7 +95,11 @@ def checked(path: str) -> Any:
 
 
 class SafetensorsFile:
-    """One file, mapped: nothing of it is in memory that is not looked at."""
+    """One file; of its values nothing is in memory that is not looked at.
+
+    They are read and not mapped: a load from a mapping of a file that is cut off meanwhile ends the
+    process.
+    """
 
     def __init__(self, path: str) -> None:
         """Raises HookError."""
@@ -84,12 +107,21 @@ class SafetensorsFile:
         self.path = path
         self.metadata: dict[str, str] = dict(library.metadata() or {})
         del library
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            described = json.loads(file.read(length))
-            self._start = 8 + length
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        try:
+            self._take_header()
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            self._file.close()
+            raise HookError(f"{path} is being rewritten; read it again") from error
+
+    def _take_header(self) -> None:
+        """The library has refused offsets and shapes that are not true of the file."""
+        length = int.from_bytes(self._file.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise ValueError("header too large")
+        described = json.loads(self._file.read(length))
         described.pop("__metadata__", None)
+        self._start = 8 + length
         self.entries: dict[str, Entry] = {}
         self._offsets: dict[str, int] = {}
         for name, entry in described.items():
@@ -98,18 +130,29 @@ class SafetensorsFile:
             self._offsets[name] = first
 
     def pieces(self, name: str, limit: int) -> Iterator[memoryview]:
-        """The tensor's bytes, at most ``limit`` at a time and whole elements."""
+        """The tensor's bytes, at most ``limit`` at a time and whole elements.  Raises HookError.
+
+        Each is valid until the next is asked for.
+        """
         entry = self.entries[name]
         itemsize = max(entry.size // max(prod(entry.shape), 1), 1)
         step = max(limit // itemsize, 1) * itemsize
         start = self._start + self._offsets[name]
+        buffer = memoryview(bytearray(min(step, entry.size)))
         for offset in range(0, entry.size, step):
-            first = start + offset
-            # A copy: a view would keep the mapping from being closed.
-            yield memoryview(self._map[first : first + min(step, entry.size - offset)])
+            piece = buffer[: min(step, entry.size - offset)]
+            self._fill(piece, start + offset)
+            yield piece
+
+    def _fill(self, piece: memoryview, offset: int) -> None:
+        while len(piece):
+            got = os.preadv(self._file.fileno(), [piece], offset)
+            if not got:
+                raise HookError(f"{self.path} has been cut off meanwhile; read it again")
+            piece, offset = piece[got:], offset + got
 
     def close(self) -> None:
-        self._map.close()
+        self._file.close()
 
     def __enter__(self) -> SafetensorsFile:
         return self

@@ -1,14 +1,18 @@
 """Weights of a running server into safetensors files, in a stream.
 
 Needs no more memory than one piece, however large the model.  Every byte in the files is of one
-generation; what was written of another is never left behind as a file that looks good.
+generation; what was written of another is never left behind as a file that looks good.  Files have
+other names until all of them are written; an index comes last, and goes first where it is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import stat
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
@@ -23,6 +27,7 @@ from .safetensors_file import Entry
 SHARD_BYTES = 5_000_000_000  # as Hugging Face's libraries have it
 PARTIAL = ".partial"  # added to a name until the file is whole
 SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class Saved(NamedTuple):
@@ -61,6 +66,52 @@ def save(
     where the files cannot be written (what was written is taken up by the next try, if the weights
     are still the same then).
     """
+    safetensors_file.require()  # and not after an hour of writing
+    document = _good_document(slot)
+    chosen, left_out = _chosen(document, wanted)
+    if not chosen:
+        raise HookError(f"slot {slot.name} has no tensor to be saved; see --match")
+    pairs = {tensor.name: safetensors_file.entry_of(tensor) for tensor in chosen}
+    raw = {tensor.name: tensor.dtype for tensor in chosen if pairs[tensor.name][1]}
+    metadata = _metadata(document, left_out, raw)
+    shards = list(_sharded([pairs[tensor.name][0] for tensor in chosen], shard_bytes))
+    target = _Target(path, _names(path, len(shards)), path.removesuffix(SUFFIX) + INDEX_SUFFIX)
+    headers = _headers(target, shards, metadata)
+    whole = _refuse_to_replace(target, headers, shards, force)
+    total = sum(tensor.size for tensor in chosen)
+    resumed = done = 0
+    with _alone(target.files[0] + PARTIAL), _nothing_left_of_others(target.files):
+        with document.open_memory(via=via) as memory:
+            for name, header, shard in zip(target.files, headers, shards):
+                size = sum(entry.size for entry in shard)
+                if name in whole:
+                    resumed += size
+                else:
+                    telling = _telling(tell, done, total)
+                    resumed += _write(memory, name + PARTIAL, header, shard, telling)
+                done += size
+            memory.check()
+        written = [name for name in target.files if name not in whole]
+        for name, shard in zip(target.files, shards):
+            if name in written:
+                _read_back(name + PARTIAL, shard)
+        _put_in_place(target, written)
+    index = None
+    if len(shards) > 1:
+        index = target.index_file
+        _write_index(target, shards, {**metadata, "total_size": total})
+    return Saved(target.files, index, len(chosen), total, resumed, left_out, raw, document)
+
+
+class _Target(NamedTuple):
+    """The names that a save takes."""
+
+    path: str  # as it was asked for
+    files: list[str]
+    index_file: str  # written only for several files
+
+
+def _good_document(slot: Slot) -> Document:
     document = slot.read()
     if not document.owner_alive():
         raise OwnerGone(
@@ -72,24 +123,7 @@ def save(
             f"slot {slot.name} is {document.state['state']}, so its weights are not whole or not "
             f"there; wait until it is ready"
         )
-    chosen, left_out = _chosen(document, wanted)
-    if not chosen:
-        raise HookError(f"slot {slot.name} has no tensor to be saved; see --match")
-    pairs = {tensor.name: safetensors_file.entry_of(tensor) for tensor in chosen}
-    raw = {tensor.name: tensor.dtype for tensor in chosen if pairs[tensor.name][1]}
-    metadata = _metadata(document, left_out, raw)
-    shards = list(_sharded([pairs[tensor.name][0] for tensor in chosen], shard_bytes))
-    files = _names(path, len(shards))
-    total = sum(tensor.size for tensor in chosen)
-    headers = [safetensors_file.header_of(shard, metadata) for shard in shards]
-    _refuse_to_replace(files, headers, shards, force)
-    resumed = done = 0
-    with document.open_memory(via=via) as memory:
-        for name, header, shard in zip(files, headers, shards):
-            resumed += _write(memory, name, header, shard, _telling(tell, done, total))
-            done += sum(entry.size for entry in shard)
-    index = _write_index(path, files, shards, metadata) if len(files) > 1 else None
-    return Saved(files, index, len(chosen), total, resumed, left_out, raw, document)
+    return document
 
 
 def _telling(
@@ -120,7 +154,7 @@ def _chosen(
 
 
 def _metadata(document: Document, left_out: dict[str, str], raw: dict[str, str]) -> dict[str, str]:
-    """What a file says of itself; the same for the same weights, so that a try can be resumed."""
+    """What a file says of itself, but when it was saved: the same for the same weights."""
     identity = document.identity
     names = (
         *("hostname", "pid", "process_start_ticks", "role", "draft_index", "model_path"),
@@ -168,24 +202,57 @@ def _names(path: str, count: int) -> list[str]:
     return [f"{stem}-{n:05d}-of-{count:05d}{SUFFIX}" for n in range(1, count + 1)]
 
 
+def _is_without_index(target: _Target) -> bool:
+    """Whether files that have their names already can be those of an interrupted save."""
+    return len(target.files) > 1 and not os.path.lexists(target.index_file)
+
+
+def _headers(target: _Target, shards: list[list[Entry]], metadata: dict[str, str]) -> list[bytes]:
+    """What each file begins with: as an earlier try had it, if that was of the same weights."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    first = target.files[0]
+    for name in (first + PARTIAL, *([first] if _is_without_index(target) else [])):
+        earlier = safetensors_file.metadata_at(name).get("saved_at")
+        if earlier is not None:
+            found = [
+                safetensors_file.header_of(shard, {**metadata, "saved_at": earlier})
+                for shard in shards
+            ]
+            if _begins_with(name, found[0]):
+                return found
+    return [safetensors_file.header_of(shard, {**metadata, "saved_at": now}) for shard in shards]
+
+
 def _refuse_to_replace(
-    files: list[str], headers: list[bytes], shards: list[list[Entry]], force: bool
-) -> None:
-    for name, header, shard in zip(files, headers, shards):
-        if (
-            os.path.lexists(name)
-            and not force
-            and not (len(files) > 1 and _is_whole(name, header, shard))
-        ):
+    target: _Target, headers: list[bytes], shards: list[list[Entry]], force: bool
+) -> set[str]:
+    """The files that an earlier try had put in place, before it came to the index."""
+    whole: set[str] = set()
+    if _is_without_index(target):
+        whole = {
+            name
+            for name, header, shard in zip(target.files, headers, shards)
+            if _is_whole(name, header, shard)
+        }
+    for name in (target.path, *target.files, target.index_file):
+        if not force and name not in whole and os.path.lexists(name):
             raise HookError(f"{name} exists already; give another name, or --force to replace it")
+    return whole
 
 
 def _is_whole(name: str, header: bytes, shard: list[Entry]) -> bool:
-    """Whether a file is the very one that would be written: of an earlier try."""
+    """Whether a file is as long as the one that would be written, and begins like it."""
+    try:
+        size = os.stat(name).st_size
+    except OSError:
+        return False
+    return size == len(header) + sum(e.size for e in shard) and _begins_with(name, header)
+
+
+def _begins_with(name: str, header: bytes) -> bool:
     try:
         with open(name, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return size == len(header) + sum(e.size for e in shard) and _begins(file, header)
+            return _begins(file, header)
     except OSError:
         return False
 
@@ -195,44 +262,90 @@ def _begins(file: Any, header: bytes) -> bool:
     return bool(file.read(len(header)) == header)
 
 
+@contextlib.contextmanager
+def _alone(partial: str) -> Iterator[None]:
+    """Nobody else writes the same files meanwhile.  Raises HookError."""
+    descriptor = _opened(partial)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had the lock may have finished, and its file has its own name now.
+            is_it = os.path.samestat(os.fstat(descriptor), os.stat(partial))
+        except (BlockingIOError, FileNotFoundError):
+            is_it = False
+        if not is_it:
+            raise HookError(
+                f"{partial} is being written by another process; wait for it, or give another name"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _opened(partial: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(partial, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise HookError(f"{partial} is no regular file; give another name")
+    return descriptor
+
+
+@contextlib.contextmanager
+def _nothing_left_of_others(files: list[str]) -> Iterator[None]:
+    """Where the weights change, nobody can go on with what was written; nor with an empty file."""
+    try:
+        yield
+    except Changed:
+        for name in files:
+            with contextlib.suppress(OSError):
+                os.unlink(name + PARTIAL)
+        raise
+    except BaseException:
+        for name in files:
+            with contextlib.suppress(OSError):
+                if not os.path.getsize(name + PARTIAL):
+                    os.unlink(name + PARTIAL)
+        raise
+
+
 def _write(
     memory: Memory,
-    name: str,
+    partial: str,
     header: bytes,
     shard: list[Entry],
     tell: Callable[[str, int], None],
 ) -> int:
     """One file; how many bytes of values an earlier try had written."""
-    size = sum(entry.size for entry in shard)
-    if _is_whole(name, header, shard):
-        return size
-    partial = name + PARTIAL
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        kept = _kept(file, header, shard)
-        done = 0
+    with os.fdopen(_opened(partial), "r+b", buffering=0) as file:
         try:
+            kept = _kept(file, header, shard)
+            done = 0
             for entry in shard:
                 done += entry.size
                 if done > kept:
-                    written = done - entry.size
-                    for piece in memory.pieces(entry.name):
-                        _put(file, piece)
-                        written += len(piece)
-                        tell(entry.name, written)
-            memory.check()
-        except Changed:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)  # nobody can go on with it
-            raise
-        os.fsync(descriptor)
-    found = safetensors_file.checked(partial)
-    if set(found.keys()) != {entry.name for entry in shard}:
-        raise HookError(f"{partial} does not read back as it was written; save it again")
-    del found
-    os.replace(partial, name)
-    _flush_folder(name)
+                    _write_tensor(memory, file, entry, done - entry.size, tell)
+            os.fsync(file.fileno())
+        except OSError as error:
+            if os.fstat(file.fileno()).st_size < len(header):
+                file.truncate(0)  # nobody can go on with it
+            raise OSError(error.errno, error.strerror, partial) from error
     return kept
+
+
+def _write_tensor(
+    memory: Memory, file: Any, entry: Entry, written: int, tell: Callable[[str, int], None]
+) -> None:
+    try:
+        for piece in memory.pieces(entry.name):
+            _put(file, piece)
+            written += len(piece)
+            tell(entry.name, written)
+    except Changed as error:
+        raise Changed(
+            f"the weights changed before {entry.name} was saved: {error}; save them again, or "
+            f"with --hold"
+        ) from error
 
 
 def _kept(file: Any, header: bytes, shard: list[Entry]) -> int:
@@ -258,33 +371,51 @@ def _put(file: Any, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
+def _read_back(partial: str, shard: list[Entry]) -> None:
+    """Raises HookError where the library does not find in a file what was written."""
+    found = safetensors_file.checked(partial)
+    if set(found.keys()) != {entry.name for entry in shard}:
+        raise HookError(f"{partial} does not read back as it was written; save it again")
+
+
+def _put_in_place(target: _Target, written: list[str]) -> None:
+    """Give the files their names.  Without its index, a set that is half replaced is none."""
+    for name in {target.index_file, target.path} - set(target.files):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+    _flush_folder(target.path)
+    for name in target.files:
+        if name in written:
+            os.replace(name + PARTIAL, name)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name + PARTIAL)
+    _flush_folder(target.path)
+
+
 def _flush_folder(name: str) -> None:
-    descriptor = os.open(os.path.dirname(os.path.abspath(name)), os.O_RDONLY)
+    descriptor = os.open(os.path.dirname(os.path.abspath(name)), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _write_index(
-    path: str, files: list[str], shards: list[list[Entry]], metadata: dict[str, str]
-) -> str:
-    """The index that Hugging Face's libraries look for; written last."""
-    name = path.removesuffix(SUFFIX) + SUFFIX + ".index.json"
-    total = sum(entry.size for shard in shards for entry in shard)
+def _write_index(target: _Target, shards: list[list[Entry]], metadata: dict[str, Any]) -> None:
+    """As Hugging Face's libraries read it."""
     content = {
-        "metadata": {"total_size": total, **metadata},
+        "metadata": metadata,
         "weight_map": {
             entry.name: os.path.basename(file)
-            for file, shard in zip(files, shards)
+            for file, shard in zip(target.files, shards)
             for entry in shard
         },
     }
-    partial = name + PARTIAL
-    with open(partial, "w", encoding="utf-8") as file:
+    partial = target.index_file + PARTIAL
+    with os.fdopen(_opened(partial), "r+", encoding="utf-8") as file:
+        file.truncate(0)
         json.dump(content, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, name)
-    _flush_folder(name)
-    return name
+    os.replace(partial, target.index_file)
+    _flush_folder(target.index_file)

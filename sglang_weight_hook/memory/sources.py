@@ -40,7 +40,7 @@ class SlotSource:
     """A slot of a running server."""
 
     def __init__(self, slot: Slot, via: Optional[str] = None) -> None:
-        document = slot.read()
+        self.document = document = slot.read()
         self.label = f"slot {slot.name} in {slot.directory}"
         self._memory: Memory = document.open_memory(via=via)
         self.entries: dict[str, Entry] = {}
@@ -69,6 +69,7 @@ class FileSource:
         self.entries: dict[str, Entry] = {}
         self.aliases: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}  # of the first file
         self._files: dict[str, SafetensorsFile] = {}
         self._stack = ExitStack()
         try:
@@ -85,6 +86,7 @@ class FileSource:
 
     def _take_names(self, metadata: dict[str, str]) -> None:
         """What `save` has noted of aliases; other programs' files have none."""
+        self.metadata = self.metadata or metadata
         for name, others in _object(metadata.get("aliases")).items():
             if isinstance(others, list) and name in self.entries:
                 self.aliases.update((str(other), name) for other in others)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from fake_sglang import FakeRunner, update
+
+from sglang_weight_hook.memory import Memory
 
 if TYPE_CHECKING:
     from ended_command import Run
@@ -23,7 +27,8 @@ def test_save_and_compare(run: Run, runner: FakeRunner, tmp_path: Path) -> None:
     assert "left out, such as offloaded: it lies on meta" in saved.err
     assert len(safetensors.load_file(path)) > 10
     equal = run("compare", "0", path)
-    assert (equal.status, equal.err) == (0, "")
+    assert equal.status == 0
+    assert equal.err.count("are not compared, such as offloaded: ") == equal.err.count("\n") == 2
     assert equal.out.startswith("equal: ")
     with torch.no_grad():
         update(runner, during=lambda: runner.model.layers[0].mlp.weight.add_(0.5))
@@ -35,6 +40,8 @@ def test_save_and_compare(run: Run, runner: FakeRunner, tmp_path: Path) -> None:
     found = json.loads(run("compare", path, "0", "--json").out)
     (pair,) = found["pairs"]
     assert found["equal"] is False
+    assert (pair["one"]["path"], pair["one"]["content_generation"]) == (str(path), "1")
+    assert (pair["other"]["owner_alive"], pair["other"]["content_generation"]) == (True, 2)
     assert pair["different"][0]["largest"] == pytest.approx(0.5)
     assert run("compare", path, "0", "--match", "*norm*").status == 0
     assert run("compare", path, path).status == 0
@@ -48,6 +55,50 @@ def test_save_in_shards_as_json(run: Run, runner: FakeRunner, tmp_path: Path) ->
     assert run("compare", "0", done["index"]).status == 0
     assert run("compare", "0", tmp_path).status == 0  # the folder
     assert run("compare", "0", path).status == 0  # the name that was asked for
+
+
+def test_names_of_a_checkpoint_that_are_not_sglangs(
+    run: Run, runner: FakeRunner, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    safetensors.save_file({"layers.0.q_proj.weight": torch.zeros(2, 2)}, path)
+    ended = run("compare", "0", path)
+    assert ended.status == 3
+    assert "0 names are on both sides" in ended.err
+    assert "1 only in the second" in ended.err
+    assert "fuses tensors under names of its own" in ended.err
+
+
+def test_an_update_while_saving_is_an_answer_to_act_on(
+    run: Run, runner: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = Memory.pieces
+
+    def updated_after(self: Memory, name: str) -> Iterator[memoryview]:
+        yield from pieces(self, name)
+        update(runner)
+
+    monkeypatch.setattr(Memory, "pieces", updated_after)
+    ended = run("save", "0", tmp_path / "m.safetensors")
+    assert (ended.status, ended.out) == (3, "")
+    assert "the weights changed before " in ended.err
+    assert "--hold" in ended.err
+    assert not list(tmp_path.glob("m.*"))
+
+
+def test_a_full_disk_is_one_sentence(
+    run: Run, runner: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: object, data: memoryview) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sglang_weight_hook.memory.save._put", full)
+    ended = run("save", "0", tmp_path / "m.safetensors")
+    assert (ended.status, ended.out) == (1, "")
+    assert "No space left on device (" in ended.err
+    assert "make room" in ended.err
+    assert ended.err.count("\n") == 1
+    assert not list(tmp_path.glob("m.*"))  # not even a header was written
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,42 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, content: bytes) -> None
     path.write_bytes(content)
     with pytest.raises(HookError, match="no safetensors file"):
         saved_source(str(path))
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    safetensors.save_file({"w": torch.zeros(100_000)}, path)
+    source = saved_source(str(path))
+    with path.open("r+b") as file:
+        file.truncate(50_000)
+    with pytest.raises(HookError, match="cut off"):
+        list(source.pieces("w"))
+    source.close()
+
+
+def test_a_tensor_is_chosen_by_any_of_its_names(owner: BytesOwner, tmp_path: Path) -> None:
+    slot = SlotSource(owner.slot)
+    names = [each.name for each in compare_sources(slot, slot, lambda name: "embed" in name)]
+    assert names == ["lm_head.weight"]
+    slot.close()
+
+
+def test_large_differences_take_no_multiple_of_a_piece(tmp_path: Path) -> None:
+    """Two tensors of 64 MiB of which every byte differs, decoded as float64."""
+    one, other = torch.zeros(64 << 20, dtype=torch.uint8), torch.ones(64 << 20, dtype=torch.uint8)
+    for name, tensor in (("one", one), ("other", other)):
+        safetensors.save_file({"w": tensor}, tmp_path / f"{name}.safetensors")
+    a, b = (saved_source(str(tmp_path / f"{name}.safetensors")) for name in ("one", "other"))
+    tracemalloc.start()
+    try:
+        (finding,) = compare_sources(a, b)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        a.close()
+        b.close()
+    assert (finding.elements, finding.largest) == (64 << 20, 1.0)
+    assert peak < 96 << 20
 
 
 def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:

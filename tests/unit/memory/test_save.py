@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 from bytes_owner import BytesOwner, started
 
-from sglang_weight_hook import Changed, HookError, NotReady, OwnerGone
+from sglang_weight_hook import Changed, HookError, NotReadable, NotReady, OwnerGone
+from sglang_weight_hook.memory import dtypes, safetensors_file
 from sglang_weight_hook.memory.save import Progress, save
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -120,9 +122,142 @@ def test_an_update_meanwhile_leaves_nothing(owner: BytesOwner, tmp_path: Path) -
         if progress.tensor == "packed":
             owner.tell("fill")
 
-    with pytest.raises(Changed, match="content generation"):
+    with pytest.raises(Changed, match=r"before \w+ was saved: .*content generation"):
         save(owner.slot, str(tmp_path / "model.safetensors"), tell=tell)
     assert not [each for each in tmp_path.iterdir() if each.is_file()]
+
+
+def test_an_update_at_the_second_shard_leaves_nothing_of_the_first(
+    owner: BytesOwner, tmp_path: Path
+) -> None:
+    told = []
+
+    def tell(progress: Progress) -> None:
+        told.append(progress)
+        if progress.bytes > 300_000 and len(told) > 1:
+            owner.tell("fill")
+
+    with pytest.raises(Changed):
+        save(owner.slot, str(tmp_path / "m.safetensors"), shard_bytes=100_000, tell=tell)
+    assert not [each for each in tmp_path.iterdir() if each.is_file()]
+    done = save(owner.slot, str(tmp_path / "m.safetensors"), shard_bytes=100_000)
+    assert done.resumed == 0
+
+
+def test_a_set_that_is_replaced_is_never_read_as_a_mixture(
+    owner: BytesOwner, tmp_path: Path
+) -> None:
+    """Until all files are written the old ones stay; then the index goes first and comes last."""
+    path = tmp_path / "m.safetensors"
+    old = save(owner.slot, str(path), shard_bytes=100_000)
+    before = {name: Path(name).read_bytes() for name in (*old.files, str(old.index_file))}
+    owner.tell("fill")
+    with pytest.raises(KeyboardInterrupt):
+        save(owner.slot, str(path), shard_bytes=100_000, force=True, tell=interrupt_at(450_000))
+    assert {name: Path(name).read_bytes() for name in before} == before
+    new = save(owner.slot, str(path), shard_bytes=100_000, force=True)
+    assert new.files == old.files
+    assert new.resumed > 0
+    saved: dict[str, Any] = {}
+    for name in new.files:
+        saved.update(safetensors.load_file(name))
+    assert_saved(owner, dict(sorted(saved.items())))
+
+
+@pytest.mark.parametrize("in_place", [1, 2])
+def test_files_that_had_their_names_already_are_taken_up(
+    owner: BytesOwner, tmp_path: Path, in_place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed between two of the renames."""
+    path = tmp_path / "m.safetensors"
+    renamed, rename = [], os.replace
+
+    def until(source: str, target: str) -> None:
+        if len(renamed) == in_place:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", until)
+        with pytest.raises(KeyboardInterrupt):
+            save(owner.slot, str(path), shard_bytes=100_000)
+    done = save(owner.slot, str(path), shard_bytes=100_000)
+    assert done.resumed == done.bytes
+    saved: dict[str, Any] = {}
+    for name in done.files:
+        saved.update(safetensors.load_file(name))
+    assert_saved(owner, dict(sorted(saved.items())))
+    assert len(list(tmp_path.glob("m[.-]*"))) == len(done.files) + 1
+
+
+def test_one_file_in_place_of_several_leaves_no_index_of_theirs(
+    owner: BytesOwner, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+    several = save(owner.slot, str(path), shard_bytes=100_000)
+    with pytest.raises(HookError, match=r"index\.json exists already"):
+        save(owner.slot, str(path))
+    save(owner.slot, str(path), force=True)
+    assert not os.path.exists(str(several.index_file))
+    save(owner.slot, str(path), shard_bytes=100_000, force=True)
+    assert not path.exists()
+
+
+def test_it_says_when_it_was_saved_also_after_a_pause(
+    owner: BytesOwner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.safetensors"
+    first, second = time.gmtime(1_700_000_000), time.gmtime(1_800_000_000)
+    monkeypatch.setattr(time, "gmtime", lambda: first)
+    with pytest.raises(KeyboardInterrupt):
+        save(owner.slot, str(path), tell=interrupt_at(450_000))
+    monkeypatch.setattr(time, "gmtime", lambda: second)
+    assert save(owner.slot, str(path)).resumed > 0
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["saved_at"] == "2023-11-14T22:13:20Z"
+    save(owner.slot, str(path), force=True)  # from the beginning
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["saved_at"] == "2027-01-15T08:00:00Z"
+
+
+def test_two_saves_of_one_name_do_not_mix(owner: BytesOwner, tmp_path: Path) -> None:
+    path = str(tmp_path / "m.safetensors")
+    refused = []
+
+    def tell(progress: Progress) -> None:
+        if not refused:
+            with pytest.raises(HookError, match="by another process") as error:
+                save(owner.slot, path)
+            refused.append(error)
+
+    save(owner.slot, path, tell=tell)
+    assert refused
+    assert_saved(owner, safetensors.load_file(path))
+
+
+def test_what_is_missing_is_said_before_anything_is_written(
+    owner: BytesOwner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(NotReadable, match="pip install numpy safetensors ml_dtypes"):
+        save(owner.slot, str(tmp_path / "m.safetensors"))
+    assert not [each for each in tmp_path.iterdir() if each.is_file()]
+
+
+def test_a_type_without_a_name_in_safetensors_is_saved_as_bytes(
+    owner: BytesOwner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = dtypes.ELEMENT_TYPES["torch.int64"]
+    nameless = {**dtypes.ELEMENT_TYPES, "torch.int64": known._replace(safetensors=None)}
+    monkeypatch.setattr(safetensors_file, "ELEMENT_TYPES", nameless)
+    path = tmp_path / "m.safetensors"
+    assert save(owner.slot, str(path)).raw == {"of_int64": "torch.int64"}
+    saved = safetensors.load_file(path)["of_int64"]
+    assert (saved.dtype, tuple(saved.shape)) == (torch.uint8, (12, 20, 8))
+    assert digest(saved) == owner.digest("of_int64")
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["raw_dtypes"]) == {"of_int64": "torch.int64"}
 
 
 def test_a_stale_or_released_slot_is_not_saved(owner: BytesOwner, tmp_path: Path) -> None:
