@@ -12,6 +12,8 @@ import sys
 def main() -> int:
     try:
         from .commands.entry import main as run
+
+        return run()
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
@@ -29,7 +31,6 @@ def main() -> int:
             f"sglang-weight-hook: {error.name} is not installed in this Python: {remedy}\n"
         )
         return 2
-    return run()
 
 
 if __name__ == "__main__":

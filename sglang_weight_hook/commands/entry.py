@@ -1,23 +1,32 @@
-"""Registers every command, in the order in which `--help` lists them."""
+"""Starts the command that is named: only that one is imported, and `slots` without typer."""
 
 from __future__ import annotations
 
-from . import (  # noqa: F401
-    checksum,
-    compare,
-    diff,
-    doctor,
-    history,
-    lookup,
-    plot,
-    regions,
-    report,
-    save,
-    scrub,
-    show,
-    verify,
-    watch,
-)
-from .app import main
+import importlib
+import sys
 
-__all__ = ["main"]
+# In the order in which `--help` lists them; `slots` is in a file beside what it answers.
+COMMANDS = (
+    *("slots", "show", "report", "regions", "lookup", "diff", "watch", "history"),
+    *("verify", "doctor", "plot", "save", "compare", "checksum", "scrub"),
+)
+_FILES = {"slots": "slots_command"}
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    if sys.argv[1:2] == ["slots"]:
+        from . import slots
+
+        status = slots.plainly(sys.argv[2:])
+        if status is not None:
+            return status
+    import rich  # noqa: F401  # missing, it is named before anything is read
+
+    from . import app
+
+    named = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    for command in [named] if named in COMMANDS else COMMANDS:
+        importlib.import_module(f"{__package__}.{_FILES.get(command, command)}")
+    app.app.registered_commands.sort(key=lambda one: COMMANDS.index(one.name or ""))
+    return app.main()

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..layout import location
+from .render.output import FORMS
 
 DirOption = Annotated[
     Optional[str],
@@ -27,6 +28,19 @@ DirsOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; all sizes are in bytes.")]
+OutputOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FORM",
+        help=f"{', '.join(FORMS)}.  wide: a table with all columns; csv, tsv and parquet have "
+        "sizes and addresses as numbers, in bytes.  [default: table]",
+    ),
+]
+NoHeadersOption = Annotated[
+    bool, typer.Option("--no-headers", help="Leave out the line with the columns' names.")
+]
 AllowStaleOption = Annotated[
     bool,
     typer.Option(
@@ -45,7 +59,12 @@ SlotArgument = Annotated[
 ]
 MatchOption = Annotated[
     Optional[str],
-    typer.Option("--match", help="Only tensors with a name or alias like GLOB.", metavar="GLOB"),
+    typer.Option(
+        "--match",
+        help="Only tensors with TEXT in a name or alias; with *, ? or [ in it, TEXT is a pattern "
+        "for the whole name.",
+        metavar="TEXT",
+    ),
 ]
 ViaOption = Annotated[
     Optional[str],

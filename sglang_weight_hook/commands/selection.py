@@ -59,7 +59,14 @@ def directories_of(given: Optional[list[str]]) -> list[Directory]:
 
 
 def is_like(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern)
+    """Whether a name is like ``pattern``: holds it, or as a whole matches it if it is a GLOB.
+
+    >>> is_like("model.norm.weight", "norm"), is_like("model.norm.weight", "norm*")
+    (True, False)
+    >>> is_like("model.norm.weight", "*.norm.*"), is_like("a[0].b", "a[[]0]*")
+    (True, True)
+    """
+    return fnmatch.fnmatchcase(name, pattern) if glob.has_magic(pattern) else pattern in name
 
 
 def inside(value: Any, *path: str) -> Any:

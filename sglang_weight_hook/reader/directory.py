@@ -22,6 +22,20 @@ _EVENTS_NAME = re.compile(r"weight_events_(.+?)(?:\.1)?\.jsonl\Z")
 _LAYOUT_NAME = re.compile(r"^weight_layout_(.+)\.json$")
 
 
+def slot_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """The sorting key of a slot's name: by number, and a draft after its target.
+
+    >>> sorted(["10", "1", "0_draft1", "0", "2", "0_draft", "0.host-7"], key=slot_order)
+    ['0', '0.host-7', '0_draft', '0_draft1', '1', '2', '10']
+    """
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    # Ahead of int(), which refuses what has more than 4300 digits.
+    return tuple(
+        (False, int(part), "") if part.isdecimal() and len(part) < 20 else (True, 0, part)
+        for part in parts
+    )
+
+
 class Change(NamedTuple):
     """Something that `Directory.events` has seen."""
 
@@ -39,20 +53,21 @@ class Directory:
         self.path = file_name(path)
 
     def slots(self) -> list[Slot]:
-        """All slots with a state file, by name.  Raises HookError."""
+        """All slots with a state file: 0, 0_draft, 1, 2, 10, ...  Raises HookError."""
         matches = (_STATE_NAME.match(name) for name in self._names())
-        return [Slot(self.path, name) for name in sorted(m.group(1) for m in matches if m)]
+        names = sorted((m.group(1) for m in matches if m), key=slot_order)
+        return [Slot(self.path, name) for name in names]
 
     def slot(self, name: str) -> Slot:
         return Slot(self.path, name)
 
     def histories(self, since: Optional[float] = None, kind: Optional[str] = None) -> list[History]:
-        """The event log of each slot that has one, by name; see `Slot.history`.
+        """The event log of each slot that has one, in the order of `slots`; see `Slot.history`.
 
         Also of slots whose owner has exited and taken the other files away.  Raises HookError.
         """
         matches = (_EVENTS_NAME.match(name) for name in self._names())
-        slots = sorted({match.group(1) for match in matches if match})
+        slots = sorted({match.group(1) for match in matches if match}, key=slot_order)
         return [History(self.path, slot, since, kind) for slot in slots]
 
     def events(self, timeout: Optional[float] = None) -> Iterator[Change]:
@@ -67,7 +82,7 @@ class Directory:
         initial = True
         with DirectoryWatch(self.path) as watch:
             while True:
-                for name in sorted(self._names_if_any() | set(known)):
+                for name in sorted(self._names_if_any() | set(known), key=slot_order):
                     slot = self.slot(name)
                     before, lived = known.get(name, (None, False))
                     try:

@@ -7,10 +7,10 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:  # rich is imported where it is needed: it takes longer than 64 slots to read
+    from rich.console import Console
 
 STYLES = {
     "ready": "green",
@@ -18,6 +18,8 @@ STYLES = {
     "loading": "yellow",
     "failed": "bold red",
     "released": "magenta",
+    "stale": "bold red",
+    "unreadable": "bold red",
 }
 
 
@@ -40,6 +42,8 @@ def print_line(*parts: Union[str, tuple[str, str]]) -> None:
 
     Whatever a part holds, no terminal obeys it.
     """
+    from rich.text import Text
+
     safe = [
         printable(part) if isinstance(part, str) else (printable(part[0]), part[1])
         for part in parts
@@ -59,6 +63,8 @@ def print_item(word: tuple[str, str], label: str, text: str) -> None:
 
 
 def console() -> Console:
+    from rich.console import Console
+
     return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
 
@@ -70,6 +76,15 @@ def print_json(value: Mapping[str, Any]) -> int:
 def complain(text: str) -> None:
     try:
         sys.stderr.write(f"sglang-weight-hook: {printable(text)}\n")
+    except OSError:
+        pass
+
+
+def remark(text: str) -> None:
+    """A line beside a table, such as its sum: on stderr, so that stdout has the rows alone."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.write(f"{printable(text)}\n")
     except OSError:
         pass
 
