@@ -90,6 +90,11 @@ def save_(
             ) from error
     if as_json:
         return print_json({**heading(done.document), **_as_dict(done)})
+    _print_saved(done)
+    return 0
+
+
+def _print_saved(done: Saved) -> None:
     for name in done.files:
         print_line(name)
     for name, dtype in done.raw.items():
@@ -99,7 +104,6 @@ def save_(
         complain(f"{len(done.left_out)} tensors are left out, such as {first}: {why}")
     resumed = f", {size_text(done.resumed)} of them by an earlier try" if done.resumed else ""
     complain(f"{done.tensors} tensors, {size_text(done.bytes)}{resumed}")
-    return 0
 
 
 def _check(slot: Slot) -> None:
