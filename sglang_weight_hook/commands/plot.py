@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -11,7 +13,7 @@ from .app import command
 from .options import AllowStaleOption, DirOption
 from .render import page
 from .render.text import complain, print_line
-from .selection import document_of, slots_in, stale_status
+from .selection import document_of, is_alive, slots_in, stale_status
 
 
 @command(
@@ -40,12 +42,23 @@ def plot(
     directory: DirOption = None,
     allow_stale: AllowStaleOption = False,
 ) -> int:
-    """Draw the memory of all slots, or of those named, as HTML."""
+    """Draw the memory of all slots, or of those named, as HTML.
+
+    The page needs no network. What follows the # of its address says what it shows:
+    #search=TEXT (part of a name, a glob, an address), #path=MODULE, #slot=SLOT,
+    #theme=light|dark (default: the system's), joined by &.
+    """
     earlier = [open_file(path).raw for path in before] if before else None
     named = [document_of(directory, name) for name in slots or ()]
-    documents = named or _readable(slots_in(open_directory(directory)))
+    documents = named or _read(slots_in(open_directory(directory)))
     try:
-        page.write_html([document.raw for document in documents], output, earlier)
+        try:
+            _write(documents, output, earlier)
+        except _MALFORMED:
+            if named or len(documents) == 1:
+                raise
+            documents = _drawable(documents)
+            _write(documents, output, earlier)
     except _MALFORMED as error:
         raise _malformed(error) from error
     print_line(f"{output}: {len(documents)} {'slot' if len(documents) == 1 else 'slots'}")
@@ -55,23 +68,53 @@ def plot(
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
-def _readable(slots: list[Slot]) -> list[Document]:
-    """Those that can be drawn; about the others stderr says why, so one does not stop all."""
+def _write(
+    documents: list[Document], output: str, earlier: Optional[Sequence[Mapping[str, Any]]]
+) -> None:
+    page.write_html(
+        [document.raw for document in documents],
+        output,
+        earlier,
+        [is_alive(document) for document in documents],
+        [_events_of(document) for document in documents],
+    )
+
+
+def _events_of(document: Document) -> list[Mapping[str, Any]]:
+    """The log of a live slot; none where there is no log, or where it cannot be read."""
+    if not document.is_live:
+        return []
+    with contextlib.suppress(HookError):
+        return [event.raw for event in document.slot.history()]
+    return []
+
+
+def _read(slots: list[Slot]) -> list[Document]:
+    """Those that can be read; about the others stderr says why, so one does not stop all."""
     found, last = [], None
     for slot in slots:
         try:
-            document = slot.read()
-            if len(slots) > 1:
-                page.page([document.raw])
+            found.append(slot.read())
         except HookError as error:
             last = error
+            if len(slots) > 1:
+                complain(f"slot {slot.name} is left out: {last}")
+    if not found and last is not None:
+        raise last
+    return found
+
+
+def _drawable(documents: list[Document]) -> list[Document]:
+    """Of several documents, those that can be drawn; looked for only once drawing all failed."""
+    found, last = [], None
+    for document in documents:
+        try:
+            page.page([document.raw])
         except _MALFORMED as error:
             last = _malformed(error)
+            complain(f"slot {document.slot.name} is left out: {last}")
         else:
             found.append(document)
-            continue
-        if len(slots) > 1:
-            complain(f"slot {slot.name} is left out: {last}")
     if not found and last is not None:
         raise last
     return found

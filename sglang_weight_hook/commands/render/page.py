@@ -1,8 +1,8 @@
 """Draws layout documents as one HTML page.
 
-`write_html` packs what the page needs (``page.html``, beside this file) into the page
-itself.  Nothing is fetched from anywhere, and the page's own policy forbids it; the standard
-library is all that is needed here.
+`write_html` packs what the page needs into the page itself: ``page.html`` and the library that
+lays the modules out (d3-hierarchy, ISC licence), both beside this file.  Nothing is fetched from
+anywhere, and the page's own policy forbids it; the standard library is all that is needed here.
 
 Documents come from files, so nothing in them is trusted to be there or to be harmless: an
 absent field is shown as unknown, and every text travels as JSON data, never as markup.
@@ -25,6 +25,12 @@ from typing import Any, Optional, Union
 from ...reader.diff import diff
 
 _PAGE = "page.html"
+# As npm's d3-hierarchy 3.1.2 has them; ``tools/fetch_page_library.py`` checks that.
+_LIBRARY = "page_d3_hierarchy.js"
+_LICENCE = "page_d3_hierarchy.license.txt"
+
+# Of each slot; a log may hold tens of thousands.
+_EVENTS = 200
 
 # Of a tensor with a before; the page colours by it.  0 is unchanged.
 MOVED, RESIZED, ADDED = 1, 2, 3
@@ -74,15 +80,19 @@ def write_html(
     documents: Sequence[Mapping[str, Any]],
     output: Union[str, os.PathLike[str]],
     before: Optional[Sequence[Mapping[str, Any]]] = None,
+    alive: Optional[Sequence[Optional[bool]]] = None,
+    events: Optional[Sequence[Sequence[Mapping[str, Any]]]] = None,
 ) -> None:
     """Write layout documents (the ``raw`` of a `Document`) as one self-contained HTML file.
 
     ``documents``: one a slot, shown side by side.  ``before``: earlier documents of the same
-    slots; the page then shows which tensors were moved, added and removed.
+    slots; the page then shows which tensors were moved, added and removed.  ``alive``: of each
+    document, whether its owner lives; None for a saved copy, which has none.  ``events``: of each
+    document, the lines of its slot's event log, the oldest first.
     Through a temporary name: ``output`` is replaced whole or not at all.  A link, a device or a
     folder in its place is refused.  Raises OSError when it can't be written.
     """
-    text = page(documents, before)
+    text = page(documents, before, alive, events)
     folder, name = os.path.split(os.path.abspath(output))
     if os.path.lexists(output) and not stat.S_ISREG(os.lstat(output).st_mode):
         raise OSError(errno.EEXIST, "a link, a device or a folder is there", os.fspath(output))
@@ -102,19 +112,36 @@ def write_html(
 
 
 def page(
-    documents: Sequence[Mapping[str, Any]], before: Optional[Sequence[Mapping[str, Any]]] = None
+    documents: Sequence[Mapping[str, Any]],
+    before: Optional[Sequence[Mapping[str, Any]]] = None,
+    alive: Optional[Sequence[Optional[bool]]] = None,
+    events: Optional[Sequence[Sequence[Mapping[str, Any]]]] = None,
 ) -> str:
-    """The whole page."""
+    """The whole page; see `write_html`."""
     earlier = {} if before is None else _by_slot(before)
     now = _by_slot(documents)
     slots = [_slot(label, document, earlier.get(label)) for label, document in now.items()]
+    for index, slot in enumerate(slots):
+        slot["alive"] = None if alive is None else alive[index]
+        slot["events"] = [] if events is None else _events(events[index])
+    slots.sort(key=lambda slot: _order(str(slot["label"]), slot["identity"]["role"]))
+    _share_names(slots)
     removed = [label for label in earlier if label not in now]
     title = "Weights of " + (_model_of(documents) or "SGLang")
-    template = (Path(__file__).parent / _PAGE).read_text(encoding="utf-8")
+    folder = Path(__file__).parent
+    template = (folder / _PAGE).read_text(encoding="utf-8")
+    # Its first line is a comment with an address; the page names author and licence elsewhere.
+    library = (folder / _LIBRARY).read_text(encoding="utf-8").partition("\n")[2]
     data = {"title": title, "comparing": before is not None, "removed": removed, "slots": slots}
-    parts = {"TITLE": _text(title), "SUMMARY": _summary(slots), "DATA": script_json(data)}
+    parts = {
+        "TITLE": _text(title),
+        "SUMMARY": _summary(slots),
+        "DATA": script_json(data),
+        "LIBRARY": library,
+        "LICENCE": _text((folder / _LICENCE).read_text(encoding="utf-8")),
+    }
     # In one go, so that nothing in a document is taken for a place to fill in.
-    return re.sub("@(TITLE|SUMMARY|DATA)@", lambda place: parts[place.group(1)], template)
+    return re.sub("@(TITLE|SUMMARY|DATA|LIBRARY|LICENCE)@", lambda at: parts[at.group(1)], template)
 
 
 def script_json(value: Any) -> str:
@@ -176,6 +203,60 @@ def _model_of(documents: Iterable[Mapping[str, Any]]) -> str:
         if name and name not in names:
             names.append(name)
     return ", ".join(names[:3])
+
+
+def _order(label: str, role: Any) -> tuple[Any, ...]:
+    """Slots by number, not by spelling; drafts after all targets.
+
+    >>> labels = ["10", "2", "node10:1", "node9:1"]
+    >>> sorted(labels, key=lambda label: _order(label, "target"))
+    ['2', '10', 'node9:1', 'node10:1']
+    """
+    parts = re.split("([0-9]+)", label)
+    # Odd places are digits.  Very long ones are no number of ours, and int() refuses them.
+    numbers = [(int(part[:18]), len(part)) if at % 2 else part for at, part in enumerate(parts)]
+    return (role == "draft", *numbers)
+
+
+def _share_names(slots: Sequence[dict[str, Any]]) -> None:
+    """The ranks of one model have the same names: kept once, and a number elsewhere."""
+    known: dict[tuple[Any, ...], int] = {}
+    for index, slot in enumerate(slots):
+        first = known.setdefault(tuple(slot["names"]), index)
+        if first != index:
+            slot["names"] = first
+
+
+def _events(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The last ones, and of each what the timeline shows."""
+    found = []
+    for line in lines[-_EVENTS:]:
+        event = {name: line.get(name) for name in _EVENT if line.get(name) is not None}
+        message = event.get("message")
+        if isinstance(message, str):
+            event["message"] = message[:500]
+        if isinstance(line.get("tensors"), list):
+            event["tensors"] = [str(name)[:300] for name in line["tensors"][:5]]
+        found.append(event)
+    return found
+
+
+_EVENT = (
+    "kind",
+    "success",
+    "message",
+    "started_at",
+    "finished_at",
+    "updated_at",
+    "moved",
+    "added",
+    "removed",
+    "calls",
+    "state",
+    "instance",
+    "layout_generation",
+    "content_generation",
+)
 
 
 # --- one slot, packed ---------------------------------------------------------------------
