@@ -7,7 +7,7 @@ import sys
 
 # In the order in which `--help` lists them; `slots` is in a file beside what it answers.
 COMMANDS = (
-    *("slots", "show", "report", "regions", "lookup", "diff", "watch", "history"),
+    *("slots", "top", "show", "report", "regions", "lookup", "diff", "watch", "history"),
     *("verify", "doctor", "plot", "save", "compare", "checksum", "scrub"),
 )
 _FILES = {"slots": "slots_command"}
