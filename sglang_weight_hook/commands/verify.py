@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated, Optional
 
 import typer
 
-from ..reader import open_directory, open_file, verify
+from ..reader import Document, Slot, open_directory, open_file, verify
 from .app import ACT, Misused, command
 from .options import DirOption, JsonOption
 from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
+
+_SLOTS_A_CORE = 4
 
 
 @command(
@@ -51,7 +57,7 @@ def verify_(
         verdicts = [verify.verify_slot(open_directory(directory).slot(slot), live=live)]
     else:
         found = open_directory(directory)
-        verdicts = [verify.verify_slot(each, live=live) for each in slots_in(found)]
+        verdicts = _verified(slots_in(found), live)
     findings = [finding for verdict in verdicts for finding in verdict.findings]
     good = not findings if strict else all(verdict.good for verdict in verdicts)
     if as_json:
@@ -72,6 +78,29 @@ def verify_(
     for verdict in verdicts:
         _print_verdict(verdict)
     return 0 if good else ACT
+
+
+def _verified(slots: list[Slot], live: bool) -> list[verify.Verdict]:
+    """All of them; many of them on several cores, for each takes a moment."""
+    cores = min(os.cpu_count() or 1, len(slots) // _SLOTS_A_CORE)
+    work = functools.partial(verify.verify_slot, live=live)
+    if cores < 2:
+        return list(map(work, slots))
+    # Forked, so that nothing is imported again; this process has one thread.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(cores, mp_context=context) as pool:
+        return list(pool.map(functools.partial(_slim, live), slots))
+
+
+def _slim(live: bool, slot: Slot) -> verify.Verdict:
+    """A verdict that is soon handed from one process to another: of its tensors only the names."""
+    verdict = verify.verify_slot(slot, live=live)
+    if verdict.document is not None:
+        raw = verdict.document.raw
+        slim = {**raw, "tensors": dict.fromkeys(raw["tensors"]), "memory": {}}
+        document = Document(slot, slim, verdict.document.state, verdict.document.is_live)
+        verdict = verdict._replace(document=document)
+    return verdict
 
 
 def _print_verdict(verdict: verify.Verdict) -> None:

@@ -131,6 +131,24 @@ class Document:
         """Every tensor, in the model's order.  Raises HookError."""
         return map(self._tensor, self.tensors)
 
+    def iter_storages(self) -> Iterator[tuple[str, int, int]]:
+        """Kind of tensor, address and bytes of the storage of each resident tensor with memory.
+
+        Without making an object of each tensor, for sums over many slots.  Raises HookError.
+        """
+        for name, raw in self.tensors.items():
+            fields = raw if isinstance(raw, dict) else {}
+            kind, resident = fields.get("kind"), fields.get("resident", True)
+            ptr: Any = fields.get("storage_ptr")
+            size: Any = fields.get("storage_size")
+            if isinstance(kind, str) and is_size(ptr) and is_size(size):
+                if ptr and resident is True:
+                    yield kind, int(ptr), int(size)
+                continue
+            tensor = self._tensor(name)  # has its own idea of what is absent, or raises
+            if tensor.storage_ptr and tensor.resident:
+                yield tensor.kind, tensor.storage_ptr, tensor.storage_size
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, canonical or alias.  Raises HookError."""
         if name in self.tensors:

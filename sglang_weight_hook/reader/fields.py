@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from .errors import FOREIGN, HookError
 
+_ADDRESSES = 2**64
 # More dimensions than any tensor has.
 _DIMENSIONS = 128
 
@@ -24,6 +25,9 @@ class Fields:
 
     def number(self, name: str, default: Optional[int] = None) -> int:
         value = self._raw.get(name, default)
+        # As nearly all are; the rest is for what only looks like a number.
+        if type(value) is int and 0 <= value < _ADDRESSES:
+            return value
         if not is_size(value):
             raise self.improper(name)
         return int(value)
@@ -36,17 +40,23 @@ class Fields:
 
     def numbers(self, name: str) -> tuple[int, ...]:
         value = self._raw.get(name)
-        if not isinstance(value, list) or len(value) > _DIMENSIONS or not all(map(is_size, value)):
+        if not isinstance(value, list) or len(value) > _DIMENSIONS:
             raise self.improper(name)
+        for item in value:
+            if not (type(item) is int and 0 <= item < _ADDRESSES) and not is_size(item):
+                raise self.improper(name)
         return tuple(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
         value = self._raw.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list):
             raise self.improper(name)
+        for item in value:
+            if not isinstance(item, str):
+                raise self.improper(name)
         return tuple(value)
 
 
 def is_size(value: Any) -> bool:
     # Longer than 64 bits is no address; of some lies the product would fit into no memory.
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _ADDRESSES

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..layout.geometry import touched_bytes
 from .errors import HookError
-from .fields import Fields
+from .fields import Fields, is_size
 from .indices import Undecided, index_at
 from .names import layer_of, role_of
 
@@ -56,12 +56,17 @@ class Tensor(NamedTuple):
         shape, stride = fields.numbers("shape"), fields.numbers("stride")
         if len(shape) != len(stride):
             raise fields.improper("stride")
-        itemsize = _itemsize(shape, size)
+        if "span" in raw:
+            span = fields.number("span")
+        else:
+            span = touched_bytes(shape, stride, _itemsize(shape, size))
+            if not is_size(span):
+                raise fields.improper("span")
         return cls(
             name=name,
             ptr=ptr,
             size=size,
-            span=fields.number("span", touched_bytes(shape, stride, itemsize)),
+            span=span,
             device=fields.text("device"),
             dtype=fields.text("dtype"),
             shape=shape,

@@ -102,11 +102,8 @@ class _Storages:
     def add(self, document: Document) -> None:
         released = _released(document)
         self.elsewhere += _off_device(document)
-        for tensor in document.iter_tensors():
-            place, size = tensor.storage_ptr, tensor.storage_size
-            if not place or not tensor.resident:
-                continue
-            (self.lora if tensor.kind == "lora" else self.weights)[place] = size
+        for kind, place, size in document.iter_storages():
+            (self.lora if kind == "lora" else self.weights)[place] = size
             if "weights" in released:
                 self.released[place] = size
         for buffer in document.iter_kv_cache():

@@ -19,8 +19,8 @@ from .files import read_value
 from .findings import ERROR as ERROR
 from .findings import WARNING as WARNING
 from .findings import Finding, Remark, Unreadable, limited
-from .json_schema import violations
 from .legacy import legacy_files
+from .schema_checker import Checker
 from .slot import Slot
 
 STATE_LIMIT = 2048  # bytes
@@ -227,8 +227,8 @@ def _generations(document: Document) -> Iterator[Remark]:
 def _schema(document: Any, name: str) -> Iterator[Remark]:
     """Check a document against ``schema/weight_{name}.schema.json``."""
     path = os.path.join(_SCHEMAS, f"weight_{name}.schema.json")
-    schema = _load(path)
-    if not isinstance(schema, dict):
+    checker = _checker(path)
+    if checker is None:
         yield (
             WARNING,
             "schema",
@@ -239,6 +239,19 @@ def _schema(document: Any, name: str) -> Iterator[Remark]:
         "schema",
         (
             (ERROR, "schema", f"{name}{'.' if where else ''}{where} {problem}")
-            for where, problem in violations(document, schema)
+            for where, problem in checker.violations(document)
         ),
     )
+
+
+def _checker(path: str) -> Optional[Checker]:
+    """The schema at ``path``, made ready once; None where there is none."""
+    if path not in _checkers:
+        schema = _load(path)
+        if not isinstance(schema, dict):
+            return None
+        _checkers[path] = Checker(schema)
+    return _checkers[path]
+
+
+_checkers: dict[str, Checker] = {}

@@ -88,7 +88,7 @@ def test_a_document_is_refused_one_byte_above_the_limit(runner: object, maps: Pa
 
 # What opens something that is not in an output directory.
 ELSEWHERE = {
-    ("control.py", "_address"),  # the directory itself
+    ("conversation.py", "_address"),  # the directory itself
     ("app.py", "command"),  # /dev/null
     ("app.py", "register"),
     ("app.py", "run"),
