@@ -57,13 +57,16 @@ def snapshot(slots: list[hook.Slot], target: Path) -> None:
         return
     place = target / time.strftime("%Y-%m-%dT%H-%M-%S")
     place.mkdir(parents=True)
-    for slot in slots:
-        done = save(slot, str(place / f"{slot.name}.safetensors"))
-        print(json.dumps({"slot": slot.name, "files": done.files, "bytes": done.bytes}))
-    if now != {slot.name: generation(slot) for slot in slots}:
+    try:
+        for slot in slots:
+            done = save(slot, str(place / f"{slot.name}.safetensors"))
+            print(json.dumps({"slot": slot.name, "files": done.files, "bytes": done.bytes}))
+        if now != {slot.name: generation(slot) for slot in slots}:
+            raise hook.HookError("the weights changed between two slots; run it again")
+        (place / NOTE).write_text(json.dumps(now))
+    except BaseException:
         shutil.rmtree(place)
-        raise hook.HookError("the weights changed between two slots; run it again")
-    (place / NOTE).write_text(json.dumps(now))
+        raise
 
 
 def generation(slot: hook.Slot) -> list[Any]:

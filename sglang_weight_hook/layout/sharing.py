@@ -11,3 +11,5 @@ SHARED_ALLOCATIONS = 32
 # How the memory of an allocation can be opened by another process: the words of `export`.
 # cudaIpcGetMemHandle; a file descriptor or a fabric handle of memory mapped with cuMemMap; not.
 LEGACY_IPC, POSIX_FD, FABRIC, NO_EXPORT = "legacy_ipc", "posix_fd", "fabric", "none"
+# After which a connection on which nothing is said is closed.
+IDLE_SECONDS = 30.0

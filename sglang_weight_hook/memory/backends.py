@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Optional
 
@@ -77,5 +78,6 @@ class Backends:
 
     def close(self) -> None:
         backends, self._open = list(self._open.values()), {}
-        for backend in backends:
-            backend.close()
+        with contextlib.ExitStack() as stack:  # each of them, whatever another raises
+            for backend in backends:
+                stack.callback(backend.close)

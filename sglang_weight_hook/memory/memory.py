@@ -194,8 +194,10 @@ class Memory:
         """Let go of everything.  Views made by `tensor` must not be used any more."""
         if not self._closed:
             self._closed = True
-            self._backends.close()
-            self._bracket.close()
+            try:
+                self._backends.close()
+            finally:
+                self._bracket.close()
 
     def __enter__(self) -> Memory:
         return self

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..layout.sharing import COPY_BYTES, COPY_RUNS
+from ..layout.sharing import COPY_BYTES, COPY_RUNS, IDLE_SECONDS
 from ..layout.variables import SHARE
 from ..reader import ControlError, Document, HookError, NotAllowed, Tensor
 from ..reader.conversation import Conversation
@@ -33,6 +33,7 @@ class OwnerMemory:
     def __init__(self, document: Document) -> None:
         """Connect, and ask for nothing.  Raises NotReadable and Changed."""
         self._document = document
+        self._asked_at = time.monotonic()
         self._conversation = self._connected()
         try:
             self._ask([])
@@ -66,6 +67,11 @@ class OwnerMemory:
             "runs": [list(run) for run in runs],
         }
         deadline = time.monotonic() + _TIMEOUT
+        if time.monotonic() > self._asked_at + IDLE_SECONDS / 2:
+            # The owner closes a connection on which nothing was said for long.
+            self._conversation.close()
+            self._conversation = self._connected()
+        self._asked_at = time.monotonic()
         while True:
             try:
                 answer = self._conversation.ask(request)

@@ -22,11 +22,11 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Optional, Union
 
 from ..layout.files import CONTROL
+from ..layout.sharing import IDLE_SECONDS
 from . import once
 
 MAX_CONNECTIONS = 32
 MAX_REQUEST = 4096  # bytes of a line
-IDLE_SECONDS = 30.0  # after which a silent connection is closed
 _STALE_SECONDS = 10.0  # a dead process's socket is removed when it is older than this
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -223,7 +223,7 @@ class ControlSocket:
         except (ValueError, RecursionError) as error:
             answered = refused("malformed", str(error))
         else:
-            if "runs" in request and self._payloads() >= MAX_PAYLOADS:
+            if request.get("op") != "check" and self._payloads() >= MAX_PAYLOADS:
                 answered = refused("busy", "other readers are served")
             else:
                 try:

@@ -3,6 +3,7 @@ read them from outside."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -162,8 +163,11 @@ class BytesOwner:
 
     def descriptors(self) -> list[str]:
         """What its open files are."""
-        folder = Path(f"/proc/{self.process.pid}/fd")
-        return sorted(os.readlink(each) for each in folder.iterdir())
+        found = []
+        for each in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has just been closed
+                found.append(os.readlink(each))
+        return sorted(found)
 
 
 def started(start_python: Any, directory: Path, kind: str, **environment: str) -> BytesOwner:

@@ -175,3 +175,15 @@ def test_reading_leaves_nothing_open(owner: BytesOwner) -> None:
             break
         owner.tell("names")
     assert owner.descriptors() == before
+
+
+def test_a_reader_that_was_silent_for_long_asks_anew(
+    owner: BytesOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner has closed the connection meanwhile, as it does after 30 seconds."""
+    with owner.read().open_memory(via="owner") as memory:
+        expected = memory.read("columns")
+        asked = memory._backends._open["owner"]
+        asked._conversation.close()  # type: ignore[attr-defined]
+        monkeypatch.setattr(asked, "_asked_at", asked._asked_at - 20)  # type: ignore[attr-defined]
+        assert memory.read("columns") == expected
