@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,12 +77,16 @@ def python() -> str:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """Where every user may look."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.owner() == "root" and str(folder) != "/tmp" and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    return tmp_path
+def place() -> Iterator[Path]:
+    """Where every user may look: not below pytest's own folder, which each of its runs closes."""
+    with tempfile.TemporaryDirectory(prefix="permissions-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def maps(place: Path) -> Path:
+    return place / "maps"
 
 
 def user(uid: int, *more: str) -> list[str]:
