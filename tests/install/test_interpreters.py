@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from .conftest import Target, interpreter, make_target, tree
+from .conftest import ENVIRONMENT, ROOT, SUPPORTED, Target, interpreter, make_target, tree
 
 FREE_THREADED = ("3.13t", "3.14t")
 
@@ -124,8 +125,45 @@ def test_flags_together(every_python: Target, flags: tuple[str, ...]) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_pythonsafepath(every_python: Target, tmp_path: Path) -> None:
+def test_pythonsafepath(every_python: Target) -> None:
     assert every_python.finders(environment={"PYTHONSAFEPATH": "1"}) == 1
+
+
+SAFE = {"PYTHONSAFEPATH": "1"}
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_the_wrapper_hooks_a_launch_that_takes_nothing_from_its_directory(
+    version: str, tmp_path: Path
+) -> None:
+    """What -P leaves out of sys.path is the script's directory; the wrapper's is on PYTHONPATH."""
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"there is no Python {version} here")
+    fake_sglang(tmp_path)
+    command = "import subprocess, sys\n" + HOOKED + CHILD
+    (tmp_path / "asked.py").write_text(f"{command}print(hooked, finders, child)\n")
+    ways: list[tuple[tuple[str, ...], dict[str, str]]] = [((), SAFE)]
+    if version not in ("3.9", "3.10"):  # Python 3.11 brought -P
+        ways += [(("-P",), {}), (("-P", "-X", "utf8"), SAFE)]
+    for flags, environment in ways:
+        done = subprocess.run(
+            [python, *flags, ROOT / "launch_wrapper.py", "-m", "asked"],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path), **environment},
+            timeout=60,
+            check=False,
+        )
+        assert (done.stdout, done.returncode) == ("True 1 True 1\n", 0), done.stderr
+
+
+CHILD = f"""
+code = {HOOKED + "print(hooked, finders)"!r}
+done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+child = done.stdout.strip()
+"""
 
 
 @pytest.mark.parametrize("flags", [(), ("-E",), ("-I",)])

@@ -5,6 +5,8 @@ The documents are published by the real recorder over a real torch model.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from fake_sglang import FakeRunner, update
 
 from sglang_weight_hook import reader
+from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import HookError, open_slot
 
 
@@ -106,3 +109,40 @@ def test_a_directory_tells_what_happens_in_it(maps: Path, start_python: Callable
     else:
         pytest.fail("the end of the process was not seen")
     assert states[-1] == "ready"
+
+
+@pytest.mark.parametrize("step", [-86_400.0, 86_400.0])
+def test_a_clock_that_steps_makes_no_wait_shorter_or_longer(
+    step: float, runner: FakeRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NTP or an operator sets the clock while a reader waits."""
+    slot = open_slot(str(maps), "0")
+    document = slot.read()
+    now = time.time
+    calls = 0
+
+    def stepping() -> float:
+        nonlocal calls
+        calls += 1
+        return now() + step * calls
+
+    monkeypatch.setattr(time, "time", stepping)
+    waits: list[Callable[[], object]] = [
+        lambda: slot.wait_for_change(document, timeout=0.3),
+        lambda: list(slot.generations(timeout=0.3)),
+        lambda: list(reader.open_directory(str(maps)).events(timeout=0.3)),
+    ]
+    for wait in waits:
+        started = time.monotonic()
+        wait()
+        assert 0.25 < time.monotonic() - started < 5
+    # What a later event says of its time does not count either.
+    for name in (files.STATE, files.LAYOUT):
+        path = maps / name.format(0)
+        told = json.loads(path.read_bytes())
+        path.write_text(json.dumps({**told, "updated_at": told["updated_at"] + step}))
+    assert slot.owner_alive()
+    assert slot.read().content_generation == document.content_generation
+    update(runner)
+    assert slot.wait_for_change(document, timeout=5) is not None
+    assert slot.read().content_generation > document.content_generation
