@@ -6,6 +6,7 @@ The documents are made up (`made_up_documents`), in the shape of ``docs/format.m
 from __future__ import annotations
 
 import doctest
+import hashlib
 import html.parser
 import json
 import re
@@ -169,6 +170,91 @@ def test_a_diff_says_what_moved_came_and_went() -> None:
 def test_large_models_stay_small_files(count: int, limit: int) -> None:
     text = plot.page([a_document(layer_names(count), size=(64, 64), gap=512)])
     assert len(text.encode()) < limit
+
+
+def test_slots_come_by_number_and_drafts_last() -> None:
+    documents = [a_document(rank=rank) for rank in (10, 2, 0)]
+    draft = a_document(rank=1)
+    draft["identity"]["role"] = "draft"
+    slots = Page(plot.page([draft, *documents], alive=[True, False, None, True])).data["slots"]
+    assert [slot["label"] for slot in slots] == ["0", "2", "10", "1_draft"]
+    assert [slot["alive"] for slot in slots] == [True, None, False, True]
+
+
+def test_names_that_ranks_share_are_kept_once() -> None:
+    documents = [a_document(layer_names(400), rank=rank) for rank in range(3)]
+    slots = Page(plot.page(documents)).data["slots"]
+    assert names_of(slots[0]) == list(documents[0]["tensors"])
+    assert [slot["names"] for slot in slots[1:]] == [0, 0]
+
+
+def test_events_are_cut_to_what_the_timeline_shows() -> None:
+    lines: list[dict[str, Any]] = [
+        {"kind": f"update_{number}", "message": "x" * 5000, "tensors": ["t" * 900] * 50, "pid": 1}
+        for number in range(1000)
+    ]
+    (slot,) = Page(plot.page([a_document()], events=[lines])).data["slots"]
+    assert [event["kind"] for event in slot["events"]] == [f"update_{n}" for n in range(800, 1000)]
+    assert len(slot["events"][0]["message"]) == 500
+    assert [len(name) for name in slot["events"][0]["tensors"]] == [300] * 5
+    assert "pid" not in slot["events"][0]
+
+
+def test_the_page_without_its_data_is_small_and_names_what_it_carries() -> None:
+    text = plot.page([])
+    assert len(text.encode()) < 1_000_000
+    folder = Path(plot.__file__).parent
+    licence = (folder / "page_d3_hierarchy.license.txt").read_text(encoding="utf-8")
+    assert "d3-hierarchy 3.1.2" in text
+    assert "".join(Page(text).texts).count(licence.strip()) == 1
+    library = (folder / "page_d3_hierarchy.js").read_bytes()
+    assert library.startswith(b"// https://d3js.org/d3-hierarchy/ v3.1.2 ")
+    # As `tools/fetch_page_library.py --check` finds it in the registry's archive.
+    digest = "a8771380454be89ec5ffe9a6396ba7c247081e348ae740dc9cb9629abd4c0e43"
+    assert hashlib.sha256(library).hexdigest() == digest
+    notice = (Path(__file__).parents[2] / "NOTICE").read_text(encoding="utf-8")
+    assert "d3-hierarchy 3.1.2" in notice
+
+
+def test_the_command_tells_the_page_who_lives_and_what_happened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Slots whose owner has exited: marked as such, with their log."""
+    pytest.importorskip("typer")
+    from sglang_weight_hook.commands import entry
+
+    for rank in (10, 9):
+        document = a_document(rank=rank)
+        state = {
+            **{name: document[name] for name in SHARED if name in document},
+            **document["identity"],
+            "schema": "sglang-weight-state",
+            "slot": str(rank),
+        }
+        (tmp_path / f"weight_layout_{rank}.json").write_text(json.dumps(document))
+        (tmp_path / f"weight_state_{rank}.json").write_text(json.dumps(state))
+    line = {"kind": "load_model", "success": True, "updated_at": 1795355420.0, "state": "ready"}
+    (tmp_path / "weight_events_9.jsonl").write_text(json.dumps(line) + "\n")
+    output = tmp_path / "page.html"
+    monkeypatch.setattr(
+        "sys.argv", ["sglang-weight-hook", "plot", "-o", str(output), "--dir", str(tmp_path)]
+    )
+    assert entry.main() == 3
+    slots = Page(output.read_text(encoding="utf-8")).data["slots"]
+    assert [slot["label"] for slot in slots] == ["9", "10"]
+    assert [slot["alive"] for slot in slots] == [False, False]
+    assert [[event["kind"] for event in slot["events"]] for slot in slots] == [["load_model"], []]
+
+
+SHARED = (
+    "schema_version",
+    "state",
+    "layout_generation",
+    "content_generation",
+    "physical_epoch",
+    "updated_at",
+    "event",
+)
 
 
 def test_the_examples_of_the_module_hold() -> None:
