@@ -29,7 +29,7 @@ class Misused(Exception):
 
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: the same in a terminal, a pipe and a log
     pretty_exceptions_enable=False,

@@ -13,13 +13,22 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..reader import HookError, PastEvent, open_directory
+from ..reader import History, HookError, PastEvent, open_directory
 from .app import Misused, command
-from .options import DirOption
+from .options import DirOption, NoHeadersOption, OutputOption
+from .output import asked_form
 from .render.event import event_parts
+from .render.output import JSON, TABLE, WIDE, print_answer
 from .render.text import complain, date_and_time, print_line, printable
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+# Of a record of csv, tsv or parquet.
+_FIELDS = (
+    *("at", "slot", "kind", "success", "state", "message", "started_at", "finished_at"),
+    *("moved", "added", "removed", "layout_generation", "content_generation", "physical_epoch"),
+    *("instance", "pid"),
+)
 
 
 @command(
@@ -50,6 +59,8 @@ def history(
         Optional[str],
         typer.Option(help="Only events of a kind like GLOB, e.g. 'update_*'.", metavar="GLOB"),
     ] = None,
+    output: OutputOption = None,
+    no_headers: NoHeadersOption = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each event.")
     ] = False,
@@ -58,6 +69,7 @@ def history(
 
     Also of a server that has exited.  A log keeps the last 1 to 2 MB.
     """
+    form = asked_form(output, as_json, no_headers)
     oldest = None if since is None else _time(since, time.time())
     found = open_directory(directory)
     if slot is not None:
@@ -69,17 +81,27 @@ def history(
             f"no event was logged in {found.path}; check --dir and that a server has published "
             f"there"
         )
-    for event in heapq.merge(*histories, key=lambda event: event.at):
-        if as_json:
+    events = heapq.merge(*histories, key=lambda event: event.at)
+    if form.name not in (TABLE, WIDE, JSON):
+        records = [{**event.raw, "slot": event.slot, "at": event.at} for event in events]
+        print_answer(form, (), (), records, _FIELDS)
+        _tell_skipped(histories)
+        return 0
+    for event in events:
+        if form.is_json:
             line = {"slot": None, **event.raw}
             line["slot"] = event.slot
             sys.stdout.write(json.dumps(line) + "\n")
         else:
             _print_event(event)
+    _tell_skipped(histories)
+    return 0
+
+
+def _tell_skipped(histories: list[History]) -> None:
     for one in histories:
         if one.skipped:
             complain(f"slot {one.slot}: {one.skipped} lines of the log are no events: left out")
-    return 0
 
 
 def _print_event(event: PastEvent) -> None:

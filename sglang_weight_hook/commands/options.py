@@ -8,6 +8,7 @@ import typer
 
 from ..layout import location
 from .render.output import FORMS
+from .slot_choice import slots_named
 
 DirOption = Annotated[
     Optional[str],
@@ -55,6 +56,7 @@ SlotArgument = Annotated[
         metavar="SLOT",
         show_default=False,
         help="A slot (0, 0_draft, ...) or a saved layout file; default: the only slot.",
+        autocompletion=slots_named,
     ),
 ]
 MatchOption = Annotated[

@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 from .app import command
-from .options import AllowStaleOption, DirOption, JsonOption, SlotArgument
-from .render.table import Column, print_table
-from .render.text import address_text, print_json, print_line, printable, size_text
+from .options import (
+    AllowStaleOption,
+    DirOption,
+    JsonOption,
+    NoHeadersOption,
+    OutputOption,
+    SlotArgument,
+)
+from .output import asked_form
+from .render.output import print_answer
+from .render.table import Column
+from .render.text import address_text, print_json, remark, size_text
 from .selection import document_of, heading, stale_status, standing
+from .slot_choice import require_one_slot
+
+# Of a record of csv, tsv or parquet.
+_FIELDS = (
+    *("ptr", "size", "device", "allocation_ptr", "allocation_size", "allocation_source"),
+    *("allocation_kind", "tensors"),
+)
 
 
 @command("regions", "sglang-weight-hook regions\nsglang-weight-hook regions 0 --json")
 def regions(
     slot: SlotArgument = None,
     directory: DirOption = None,
+    output: OutputOption = None,
+    no_headers: NoHeadersOption = False,
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """List the regions to register, each inside one allocation."""
+    form = asked_form(output, as_json, no_headers)
+    require_one_slot(directory, slot)
     document = document_of(directory, slot)
     status = stale_status(document, allow_stale)
     found = list(document.iter_regions())
-    if as_json:
+    if form.is_json:
         print_json({**heading(document), "regions": document.regions})
         return status
-    print_table(
+    print_answer(
+        form,
         [
             Column("address"),
             Column("size", right=True),
@@ -43,11 +64,13 @@ def regions(
                 region.allocation_kind or region.allocation_source,
                 region.device,
                 str(len(region.tensors)),
-                printable(region.tensors[0]) if region.tensors else "-",
+                region.tensors[0] if region.tensors else "-",
             ]
             for region in found
         ],
+        [{field: getattr(region, field) for field in _FIELDS} for region in found],
+        _FIELDS,
     )
     total = sum(region.size for region in found)
-    print_line(f"{len(found)} regions, {size_text(total)}; {standing(document)}")
+    remark(f"{len(found)} regions, {size_text(total)}; {standing(document)}")
     return status

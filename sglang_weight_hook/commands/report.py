@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..reader import Document, HookError, Slot, totals
-from .app import ACT, NO_ANSWER, command
-from .options import AllowStaleOption, DirsOption, JsonOption
-from .render.table import Column, print_table
-from .render.text import complain, print_json, print_line, printable, size_text
-from .selection import directories_of, heading, stale_status
+from ..reader import Directory, Document, HookError, Slot, totals
+from .app import ACT, NO_ANSWER, Misused, command
+from .options import AllowStaleOption, DirsOption, JsonOption, NoHeadersOption, OutputOption
+from .output import asked_form
+from .render.output import TABLE, WIDE, Form, print_answer
+from .render.table import Column
+from .render.text import complain, console, print_json, printable, remark, size_text
+from .selection import directories_of, heading, stale_status, why_stale
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @command(
     "report",
-    "sglang-weight-hook report\nsglang-weight-hook report --dir '/shared/maps/*' --json",
+    "sglang-weight-hook report\n"
+    "sglang-weight-hook report --watch\n"
+    "sglang-weight-hook report --dir '/shared/maps/*' --json",
 )
 def report(
     directories: DirsOption = None,
     count_stale: Annotated[
         bool, typer.Option("--gone", help="Also count stale slots, whose owner has exited.")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")
+    ] = False,
+    output: OutputOption = None,
+    no_headers: NoHeadersOption = False,
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -31,7 +45,13 @@ def report(
     A storage that a draft shares with its target is counted once.  Exit status 3 if a slot is
     stale, so left out unless --gone counts it, or is not ready, or cannot be read.
     """
+    form = asked_form(output, as_json, no_headers)
     asked = directories_of(directories)
+    if watch:
+        if form.name not in (TABLE, WIDE):
+            raise Misused(f"--watch prints tables, no {form.name}; `watch --json` prints events")
+        _watch(asked, count_stale)
+        return 0
     slots = []
     status = unreadable = 0
     for found in asked:
@@ -59,7 +79,7 @@ def report(
         status = ACT
     gpus = totals.per_gpu(counted)
     total = totals.together(gpus)
-    if as_json:
+    if form.is_json:
         print_json(
             {
                 "gpus": [{**gpu.as_dict(), "rest": _other(gpu)} for gpu in gpus],
@@ -76,7 +96,7 @@ def report(
             f"no live SGLang publishes in {where}; check --dir and that the server has loaded its "
             f"model"
         )
-    _print_gpus(gpus, total)
+    _print_gpus(form, gpus, total)
     return status
 
 
@@ -117,7 +137,15 @@ class _Accounted:
         return entry
 
 
-def _print_gpus(gpus: list[totals.Gpu], total: totals.Gpu) -> None:
+_FIELDS = (
+    *("hostname", "gpu_id", "uuid", "device", "slots", "weights", "lora", "kv_cache", "rest"),
+    *("other_live", "reserved_free", "outside", "unbacked", "released", "elsewhere"),
+    *("free", "total"),
+)
+
+
+def _table(gpus: list[totals.Gpu], total: totals.Gpu) -> tuple[list[Column], list[list[str]]]:
+    """A row a GPU and, of several, their sum."""
     lora = any(gpu.lora for gpu in gpus)
     columns = [Column("GPU"), Column("weights", right=True)]
     columns += [Column("LoRA", right=True)] if lora else []
@@ -130,15 +158,57 @@ def _print_gpus(gpus: list[totals.Gpu], total: totals.Gpu) -> None:
         row += [size_text(gpu.kv_cache), *map(size_text, (_other(gpu), gpu.free, gpu.total))]
         row += [str(len(gpu.slots)) if gpu is total else printable(" ".join(gpu.slots))]
         rows.append(row)
-    print_table(columns, rows)
+    return columns, rows
+
+
+def _print_gpus(form: Form, gpus: list[totals.Gpu], total: totals.Gpu) -> None:
+    columns, rows = _table(gpus, total)
+    # Programs add up by themselves: a record of the sum would be counted twice.
+    records = [{**gpu.as_dict(), "rest": _other(gpu)} for gpu in gpus]
+    print_answer(form, columns, rows, records, _FIELDS)
     if total.released:
-        print_line(
+        remark(
             f"{size_text(total.released)} of these are released: addresses without physical memory"
         )
     if total.elsewhere:
-        print_line(f"{size_text(total.elsewhere)} of weights lie on another device (offloaded)")
+        remark(f"{size_text(total.elsewhere)} of weights lie on another device (offloaded)")
     if total.total is None:
-        print_line("-: unknown; only CUDA devices report total and free memory")
+        remark("-: unknown; only CUDA devices report total and free memory")
+
+
+def _watch(asked: list[Directory], count_stale: bool, pause: float = 1.0) -> None:
+    """The table, drawn again every second until Ctrl-C; one that is not read is below it."""
+    from rich.live import Live
+
+    with Live(console=console(), auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            live.update(_picture(asked, count_stale), refresh=True)
+            time.sleep(pause)
+
+
+def _picture(asked: list[Directory], count_stale: bool) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    slots, told = [], []
+    for found in asked:
+        try:
+            slots += [_Accounted(slot, count_stale) for slot in found.slots()]
+        except HookError as error:
+            told.append(str(error))
+    for slot in slots:
+        why = slot.why_not if slot.document is None else why_stale(slot.document)
+        if why is not None:
+            told.append(f"slot {slot.name}: {why}")
+    gpus = totals.per_gpu([slot.document for slot in slots if slot.document is not None])
+    columns, rows = _table(gpus, totals.together(gpus))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column.title, justify="right" if column.right else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return Group(table, *(Text(printable(line), style="bold red") for line in told))
 
 
 def _other(gpu: totals.Gpu) -> Optional[int]:

@@ -9,23 +9,45 @@ import typer
 
 from ..reader import ROLES, Tensor
 from .app import Misused, command
-from .options import AllowStaleOption, DirOption, JsonOption, MatchOption, SlotArgument
-from .render.table import Column, print_table
-from .render.text import address_text, print_json, print_line, printable, size_text
+from .options import (
+    AllowStaleOption,
+    DirOption,
+    JsonOption,
+    MatchOption,
+    NoHeadersOption,
+    OutputOption,
+    SlotArgument,
+)
+from .output import asked_form
+from .render.output import Form, print_answer
+from .render.table import Column
+from .render.text import address_text, print_json, remark, size_text
 from .selection import document_of, heading, is_like, stale_status, standing
+from .slot_choice import require_one_slot
 
 _ORDERS: dict[Optional[str], Callable[[Tensor], Any]] = {
     "name": lambda tensor: tensor.name,
     "address": lambda tensor: (tensor.ptr, tensor.name),
     "size": lambda tensor: (-tensor.size, tensor.name),
 }
+_GROUPS: dict[str, Callable[[Tensor], Any]] = {
+    "role": lambda tensor: tensor.role,
+    "layer": lambda tensor: tensor.layer,
+    "dtype": lambda tensor: tensor.dtype,
+}
+# Of a record of csv, tsv or parquet.
+_FIELDS = (
+    *("name", "ptr", "size", "span", "device", "dtype", "shape", "stride", "kind", "role", "layer"),
+    *("resident", "volatile", "storage_ptr", "storage_size", "storage_offset", "aliases"),
+)
 
 
 @command(
     "show",
     "sglang-weight-hook show\n"
     "sglang-weight-hook show 0 --sort size --top 10\n"
-    "sglang-weight-hook show --match 'model.layers.3.*' --json",
+    "sglang-weight-hook show --match layers.3. -o csv\n"
+    "sglang-weight-hook show --by layer",
 )
 def show(
     slot: SlotArgument = None,
@@ -48,6 +70,12 @@ def show(
     top: Annotated[
         Optional[int], typer.Option(help="Only the first N tensors.", metavar="N", min=1)
     ] = None,
+    by: Annotated[
+        Optional[str],
+        typer.Option("--by", help="Only sums, by role, layer or dtype.", metavar="KEY"),
+    ] = None,
+    output: OutputOption = None,
+    no_headers: NoHeadersOption = False,
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -56,6 +84,10 @@ def show(
         raise Misused(f"--sort {sort} is not known; give name, address or size")
     if role not in (None, *ROLES):
         raise Misused(f"--role {role} is not known; give one of {', '.join(ROLES)}")
+    if by not in (None, *_GROUPS):
+        raise Misused(f"--by {by} is not known; give one of {', '.join(_GROUPS)}")
+    form = asked_form(output, as_json, no_headers)
+    require_one_slot(directory, slot)
     document = document_of(directory, slot)
     status = stale_status(document, allow_stale)
     every = list(document.iter_tensors())
@@ -71,16 +103,23 @@ def show(
     if top is not None:
         chosen = chosen[:top]
     summed = _sums(chosen, len(every))
-    if as_json:
+    groups = None if by is None else _grouped(chosen, by)
+    if form.is_json and groups is not None:
+        print_json({**heading(document), "by": by, "groups": groups, "total": summed})
+        return status
+    if form.is_json:
         entries = {
             tensor.name: {**tensor.raw, "layer": tensor.layer, "role": tensor.role}
             for tensor in chosen
         }
         print_json({**heading(document), "tensors": entries, "total": summed})
         return status
-    _print_tensors(chosen)
+    if by is not None and groups is not None:
+        _print_groups(form, by, groups)
+    else:
+        _print_tensors(form, chosen)
     count = f"{len(chosen)} of {len(every)}" if len(chosen) < len(every) else f"{len(chosen)}"
-    print_line(
+    remark(
         f"{count} tensors, {size_text(summed['bytes'])} in storages of "
         f"{size_text(summed['storage_bytes'])}; {standing(document)}"
     )
@@ -98,23 +137,60 @@ def _sums(chosen: list[Tensor], of: int) -> dict[str, int]:
     }
 
 
-def _print_tensors(chosen: list[Tensor]) -> None:
-    print_table(
+def _grouped(chosen: list[Tensor], by: str) -> list[dict[str, Any]]:
+    """The sums of the tensors that have a role, layer or dtype in common.
+
+    Roles and dtypes with most bytes first, layers by number; a storage that two groups share is in
+    the sums of both.
+    """
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in chosen:
+        groups.setdefault(_GROUPS[by](tensor), []).append(tensor)
+    sums = [
+        {by: value, **{name: number for name, number in _sums(group, 0).items() if name != "of"}}
+        for value, group in groups.items()
+    ]
+    if by == "layer":
+        return sorted(sums, key=lambda one: (one[by] is None, one[by] or 0))
+    return sorted(sums, key=lambda one: (-one["bytes"], str(one[by])))
+
+
+def _print_groups(form: Form, by: str, groups: list[dict[str, Any]]) -> None:
+    columns = [
+        Column(by, right=by == "layer"),
+        Column("tensors", right=True),
+        Column("bytes", right=True),
+        Column("in storages of", right=True),
+    ]
+    rows = [
         [
-            Column("address"),
-            Column("size", right=True),
-            Column("type", drop=2),
-            Column("shape", drop=1),
-            Column("name"),
-        ],
+            "-" if one[by] is None else str(one[by]),
+            str(one["tensors"]),
+            size_text(one["bytes"]),
+            size_text(one["storage_bytes"]),
+        ]
+        for one in groups
+    ]
+    print_answer(form, columns, rows, groups, (by, "tensors", "bytes", "storage_bytes"))
+
+
+def _print_tensors(form: Form, chosen: list[Tensor]) -> None:
+    columns = [
+        Column("address"),
+        Column("size", right=True),
+        Column("type", drop=2),
+        Column("shape", drop=1),
+        Column("name"),
+    ]
+    rows = [
         [
-            [
-                address_text(tensor.ptr) if tensor.ptr else "-",
-                size_text(tensor.size),
-                tensor.dtype.replace("torch.", ""),
-                "x".join(map(str, tensor.shape)) or "scalar",
-                printable(tensor.name) + (f"  (on {tensor.device})" if not tensor.resident else ""),
-            ]
-            for tensor in chosen
-        ],
-    )
+            address_text(tensor.ptr) if tensor.ptr else "-",
+            size_text(tensor.size),
+            tensor.dtype.replace("torch.", ""),
+            "x".join(map(str, tensor.shape)) or "scalar",
+            tensor.name + (f"  (on {tensor.device})" if not tensor.resident else ""),
+        ]
+        for tensor in chosen
+    ]
+    records = [{field: getattr(tensor, field) for field in _FIELDS} for tensor in chosen]
+    print_answer(form, columns, rows, records, _FIELDS)

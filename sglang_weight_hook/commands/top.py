@@ -22,10 +22,10 @@ def top(
         float, typer.Option(help="Look again every S seconds.", metavar="S", min=0.1, max=3600)
     ] = 1.0,
 ) -> int:
-    """Show all slots live: state, last event, memory; q quits, ? helps.
+    """Show all slots live: state, last event, memory.
 
-    Enter, h and r open a slot's tensors, history and regions.  Needs a terminal, and Textual
-    (pip install textual).
+    q quits, ? lists the keys; Enter, h and r open a slot's tensors, history and regions.
+    Needs a terminal, and Textual (pip install textual).
     """
     try:
         from .render.live import LiveView

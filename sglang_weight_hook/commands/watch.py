@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..reader import Change, open_directory
+from ..reader import Change, Directory, HookError, open_directory
 from .app import ACT, command
 from .options import DirOption
 from .render.event import event_parts
@@ -54,8 +54,10 @@ def watch(
     share a line.  Exit status 3 if --timeout ends it before --count is reached.
     """
     seen = 0
+    found = open_directory(directory)
+    _say_what_is_waited_for(found, slot)
     try:
-        for change in open_directory(directory).events(timeout):
+        for change in found.events(timeout):
             if slot is not None and change.slot.name != slot:
                 continue
             if change.problem is not None:
@@ -75,6 +77,18 @@ def watch(
     except KeyboardInterrupt:
         return 0
     return ACT if count is not None else 0
+
+
+def _say_what_is_waited_for(found: Directory, slot: Optional[str]) -> None:
+    """On stderr, where there is nothing to print yet: silence looks like a command that hangs."""
+    try:
+        names = [each.name for each in found.slots()]
+    except HookError:
+        complain(f"{found.path} does not exist or cannot be read yet; waiting for a server there")
+        return
+    if not names or (slot is not None and slot not in names):
+        what = "a slot" if slot is None else f"slot {slot}"
+        complain(f"{what} is not published in {found.path} yet; waiting for a server to load")
 
 
 def _change(change: Change) -> dict[str, Any]:

@@ -102,9 +102,11 @@ def test_show_is_what_the_process_itself_says(server: HookedServer, command: Com
     assert {tensor["role"] for tensor in shown["tensors"].values()} == {
         *("embedding", "attention", "mlp", "norm", "lm_head", "rotary")
     }
-    out = command("show", "0", "--sort", "size", "--top", "3").stdout.splitlines()
+    shown = command("show", "0", "--sort", "size", "--top", "3")
+    out = shown.stdout.splitlines()
     assert len(out) == 5
-    assert out[-1].startswith("3 of ")
+    assert len(out) == 1 + 3
+    assert shown.stderr.startswith("3 of ")
 
 
 def test_the_sample_in_the_readme_is_what_a_server_publishes(slot: hook.Slot) -> None:
@@ -122,7 +124,7 @@ def test_regions_report_and_plot(
 ) -> None:
     document = slot.read()
     assert answer(command("regions", "--json"))["regions"] == document.regions
-    assert len(command("regions").stdout.splitlines()) == len(document.regions) + 2
+    assert len(command("regions").stdout.splitlines()) == len(document.regions) + 1
     (gpu,) = answer(command("report", "--json"))["gpus"]
     assert gpu["weights"] == document.memory["weights_bytes"]
     assert gpu["kv_cache"] == document.memory["kv_cache_bytes"]

@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("show", "regions", "lookup", "diff", "report"),
+    *("slots", "show", "regions", "lookup", "diff", "report"),
     *("watch", "history", "verify", "doctor", "plot"),
 )
 
@@ -27,6 +27,11 @@ class Ended(NamedTuple):
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+    @property
+    def complaints(self) -> list[str]:
+        """What is wrong; a line on stderr without the command's name only adds up."""
+        return [line for line in self.err.splitlines() if line.startswith("sglang-weight-hook: ")]
 
     @property
     def rows(self) -> list[list[str]]:

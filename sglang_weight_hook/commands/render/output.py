@@ -110,12 +110,9 @@ def _write_parquet(records: Sequence[Mapping[str, Any]], fields: Sequence[str]) 
         ]
         if any(isinstance(value, str) for value in values):
             values = [None if value is None else printable(value) for value in values]
-        numbers = [
-            value for value in values if isinstance(value, int) and not isinstance(value, bool)
-        ]
-        # An address may have its highest bit set.
-        large = len(numbers) > 0 and max(numbers) >= 1 << 63
-        columns[field] = pyarrow.array(values, pyarrow.uint64() if large else None)
+        # An address may have its highest bit set; the type is the same whatever the values are.
+        is_address = field == "address" or field.endswith("ptr")
+        columns[field] = pyarrow.array(values, pyarrow.uint64() if is_address else None)
     file = io.BytesIO()
     parquet.write_table(pyarrow.table(columns), file)
     sys.stdout.flush()
