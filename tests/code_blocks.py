@@ -109,6 +109,7 @@ OF_THE_RUN = (
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]"), ""),
     (re.compile(r"\b\d\d:\d\d:\d\d(\.\d+)?\b"), "TIME"),
     (re.compile(r"\b\d+(\.\d+)? (s|ms|us|µs)\b"), "SECONDS"),
+    (re.compile(r"\b\d+(ms|s|m|h|d)\b"), "AGE"),
     (re.compile(r"\bpid \d+\b"), "pid PID"),
     (re.compile(r"\b\d+(\.\d+)? [KMG]i?B/s"), "RATE"),
     (re.compile(r"\b[0-9a-f]{16,}\b"), "DIGEST"),

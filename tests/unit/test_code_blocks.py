@@ -673,6 +673,9 @@ def run_shell(block: Block, place: Place, environment: Callable[[], Mapping[str,
     for command in commands:
         bash_accepts(command.text)
         rule = rule_of(command)
+        if block.page == "README.md" and command.output:
+            # It shows how an output begins; the tutorial shows all of it.
+            command = command._replace(output=command.output + "…\n")
         if block.page == "docs/tutorial.md" and not rule.why:
             # Run in order beside a real server, in tests/real_sglang/test_tutorial.py.
             hold_options_of_ours(command)
