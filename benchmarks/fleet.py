@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 from sglang_weight_hook import reader
+from sglang_weight_hook.commands.render import page
 from sglang_weight_hook.layout import files
 from sglang_weight_hook.publisher import publish
 from sglang_weight_hook.reader import totals, verify, watch
@@ -55,6 +56,7 @@ def measure(quick: bool) -> Section:
                 )
             )
         lines.append(_watch(place, names, quick))
+        lines.append(_page(place, names, quick))
         return Section(f"A directory with {SLOTS} slots", lines, HOW, LIMITS)
 
 
@@ -78,6 +80,23 @@ def _watch(place: str, names: list[str], quick: bool) -> Line:
         f"{table.seconds(sample.median)} n={sample.n}",
         "the replacement itself is in it",
         f"99 % {table.seconds(sample.quantile(0.99))}",
+    )
+
+
+def _page(place: str, names: list[str], quick: bool) -> Line:
+    """From read documents to the finished HTML, in memory."""
+    documents = [reader.open_slot(place, name).read().raw for name in names]
+    waits, size = [], 0
+    for _ in range(2 if quick else 5):
+        started = time.perf_counter()
+        size = len(page.page(documents).encode())
+        waits.append(time.perf_counter() - started)
+    sample = Sample(waits)
+    return Line(
+        f"plot, {SLOTS} slots of {table.number(TENSORS)} tensors: the page",
+        f"{table.seconds(sample.median)} n={sample.n}",
+        f"{size / 1e6:.1f} MB of HTML",
+        "the documents were read before",
     )
 
 
