@@ -10,12 +10,13 @@ import typer
 
 from ..reader import Directory, Document, HookError, Slot, totals
 from .app import ACT, NO_ANSWER, Misused, command
+from .directories import directories_of
 from .options import AllowStaleOption, DirsOption, JsonOption, NoHeadersOption, OutputOption
 from .output import asked_form
 from .render.output import TABLE, WIDE, Form, print_answer
 from .render.table import Column
 from .render.text import complain, console, print_json, printable, remark, size_text
-from .selection import directories_of, heading, stale_status, why_stale
+from .selection import heading, stale_status, why_stale
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 import os
 from typing import Any, Optional
 
@@ -41,21 +40,6 @@ def slots_in(found: Directory) -> list[Slot]:
 
 def is_path(slot: str) -> bool:
     return os.sep in slot or slot.endswith(".json")
-
-
-def directories_of(given: Optional[list[str]]) -> list[Directory]:
-    if not given:
-        return [open_directory()]
-    found: list[Directory] = []
-    for value in given:
-        matches = [value]
-        if not os.path.exists(value) and glob.has_magic(value):
-            matches = [path for path in sorted(glob.glob(value)) if os.path.isdir(path)]
-            if not matches:
-                raise HookError(f"no directory matches {value}; check the pattern")
-        found += [open_directory(match) for match in matches]
-    by_place = {os.path.realpath(directory.path): directory for directory in found}
-    return list(by_place.values())
 
 
 def is_like(name: str, pattern: str) -> bool:
