@@ -16,7 +16,6 @@ from .render.output import print_answer
 from .render.table import Column
 from .render.text import address_text, print_json, remark, size_text
 from .selection import document_of, heading, stale_status, standing
-from .slot_choice import require_one_slot
 
 # Of a record of csv, tsv or parquet.
 _FIELDS = (
@@ -36,7 +35,6 @@ def regions(
 ) -> int:
     """List the regions to register, each inside one allocation."""
     form = asked_form(output, as_json, no_headers)
-    require_one_slot(directory, slot)
     document = document_of(directory, slot)
     status = stale_status(document, allow_stale)
     found = list(document.iter_regions())

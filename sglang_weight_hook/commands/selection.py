@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 from typing import Any, Optional
 
@@ -10,6 +11,7 @@ from ..layout.states import READY
 from ..reader import Directory, Document, HookError, Slot, open_directory, open_file
 from .app import ACT, Misused
 from .render.text import complain, printable
+from .slot_choice import some_of
 
 
 def document_of(directory: Optional[str], slot: Optional[str]) -> Document:
@@ -21,10 +23,13 @@ def document_of(directory: Optional[str], slot: Optional[str]) -> Document:
     names = [each.name for each in slots]
     if slot is None:
         if len(slots) > 1:
-            raise Misused(f"there are slots {', '.join(names)} in {found.path}; name one of them")
+            raise Misused(
+                f"there are slots {some_of(names)} in {found.path}; name one of them "
+                f"(`sglang-weight-hook slots` lists all)"
+            )
         return slots[0].read()
     if slot not in names:
-        raise HookError(f"there is no slot {slot} in {found.path}; it has {', '.join(names)}")
+        raise HookError(f"there is no slot {slot} in {found.path}; it has {some_of(names)}")
     return found.slot(slot).read()
 
 

@@ -23,7 +23,6 @@ from .render.output import Form, print_answer
 from .render.table import Column
 from .render.text import address_text, print_json, remark, size_text
 from .selection import document_of, heading, is_like, stale_status, standing
-from .slot_choice import require_one_slot
 
 _ORDERS: dict[Optional[str], Callable[[Tensor], Any]] = {
     "name": lambda tensor: tensor.name,
@@ -87,7 +86,6 @@ def show(
     if by not in (None, *_GROUPS):
         raise Misused(f"--by {by} is not known; give one of {', '.join(_GROUPS)}")
     form = asked_form(output, as_json, no_headers)
-    require_one_slot(directory, slot)
     document = document_of(directory, slot)
     status = stale_status(document, allow_stale)
     every = list(document.iter_tensors())

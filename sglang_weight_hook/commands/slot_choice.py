@@ -1,30 +1,12 @@
-"""Which slot is meant where none is named."""
+"""Names of slots: a few of many, and those that a shell completes."""
 
 from __future__ import annotations
 
 import os
-from typing import Optional
 
 from ..reader import HookError, open_directory
-from .app import Misused
 
 _SHOWN = 6  # of many slots
-
-
-def require_one_slot(directory: Optional[str], slot: Optional[str]) -> None:
-    """Raises Misused where no slot is named and there are several."""
-    if slot is not None:
-        return
-    found = open_directory(directory)
-    try:
-        names = [each.name for each in found.slots()]
-    except HookError:
-        return
-    if len(names) > 1:
-        raise Misused(
-            f"there are slots {some_of(names)} in {found.path}; name one of them "
-            f"(`sglang-weight-hook slots` lists all)"
-        )
 
 
 def some_of(names: list[str]) -> str:
