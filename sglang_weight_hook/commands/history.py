@@ -8,13 +8,14 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Optional
 
 import typer
 
 from ..reader import History, HookError, PastEvent, open_directory
-from .app import Misused, command
+from .app import ACT, Misused, command
 from .options import DirOption, NoHeadersOption, OutputOption
 from .output import asked_form
 from .render.event import event_parts
@@ -81,12 +82,14 @@ def history(
             f"no event was logged in {found.path}; check --dir and that a server has published "
             f"there"
         )
-    events = heapq.merge(*histories, key=lambda event: event.at)
+    unreadable: list[str] = []
+    readable = [_readable(each, unreadable, len(histories) == 1) for each in histories]
+    events = heapq.merge(*readable, key=lambda event: event.at)
     if form.name not in (TABLE, WIDE, JSON):
         records = [{**event.raw, "slot": event.slot, "at": event.at} for event in events]
         print_answer(form, (), (), records, _FIELDS)
         _tell_skipped(histories)
-        return 0
+        return ACT if unreadable else 0
     for event in events:
         if form.is_json:
             line = {"slot": None, **event.raw}
@@ -95,7 +98,18 @@ def history(
         else:
             _print_event(event)
     _tell_skipped(histories)
-    return 0
+    return ACT if unreadable else 0
+
+
+def _readable(history: History, unreadable: list[str], is_alone: bool) -> Iterator[PastEvent]:
+    """Its events; one log that cannot be read stops none of the others."""
+    try:
+        yield from history
+    except HookError as error:
+        if is_alone:
+            raise
+        complain(f"slot {history.slot} is left out: {error}")
+        unreadable.append(history.slot)
 
 
 def _tell_skipped(histories: list[History]) -> None:

@@ -108,6 +108,16 @@ def test_history_says_where_there_is_none(run: Run, maps: Path) -> None:
     assert "check the directory and the slot's name" in sentence(run("history", "0"), 1)
 
 
+def test_a_log_that_cannot_be_read_stops_none_of_the_others(
+    run: Run, runner: FakeRunner, maps: Path
+) -> None:
+    (maps / "weight_events_1.jsonl").mkdir()
+    ended = run("history")
+    assert ended.status == 3
+    assert "load_model" in ended.out
+    assert "slot 1 is left out" in ended.err
+
+
 def test_history_says_how_many_lines_it_has_left_out(run: Run, maps: Path) -> None:
     put(maps, "0", 1.0, "load_model")
     with open(maps / files.EVENTS.format("0"), "ab") as file:
