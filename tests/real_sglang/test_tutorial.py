@@ -83,8 +83,8 @@ class Shell:
         assert offset is not None
         return command.text.replace(match[1], hex(tensors[name]["ptr"] + int(offset[1])))
 
-    def run(self, command: str, meanwhile: Action | None) -> tuple[int, str]:
-        """Its status and what it says; ``meanwhile`` once it has said something."""
+    def run(self, command: str, lines: int, meanwhile: Action) -> tuple[int, str]:
+        """Its status and what it says; ``meanwhile`` once it has said so many lines."""
         process = subprocess.Popen(
             ["bash", "-c", command],
             cwd=self.folder,
@@ -95,10 +95,8 @@ class Shell:
         )
         assert process.stdout is not None
         try:
-            first = ""
-            if meanwhile is not None:
-                first = process.stdout.readline()
-                meanwhile()
+            first = "".join(process.stdout.readline() for _ in range(lines))
+            meanwhile()
             said, _ = process.communicate(timeout=120)
         finally:
             if process.poll() is None:
@@ -151,10 +149,11 @@ def test_every_command_says_what_the_page_shows(
         server.stop()
         wait_for_end(pid)
 
-    # What the page says happens, while a command runs and before the first of a section.
-    meanwhile: dict[str, Action] = {
-        "sglang-weight-hook watch --count 3": update_three_times,
-        "sglang-weight-hook scrub --stop --every 1": lambda: flip_a_bit(shell.slot),
+    # What the page says happens: while a command runs, once it has said so many lines (for scrub,
+    # between two passes); and before the first command of a section.
+    meanwhile: dict[str, tuple[int, Action]] = {
+        "sglang-weight-hook watch --count 3": (1, update_three_times),
+        "sglang-weight-hook scrub --stop --every 2": (2, lambda: flip_a_bit(shell.slot)),
     }
     before: dict[str, Action] = {"After the server has exited": stop}
     page = PAGE.read_text(encoding="utf-8")
@@ -167,7 +166,7 @@ def test_every_command_says_what_the_page_shows(
         if step.section in before:
             before.pop(step.section)()
         here = shell.here(command)
-        status, said = shell.run(here, meanwhile.pop(command.text, None))
+        status, said = shell.run(here, *meanwhile.pop(command.text, (0, lambda: None)))
         assert "Traceback" not in said
         if status != step.status:
             wrong.append(f"{command.text}: exit status {status}, not {step.status}\n{said}")
