@@ -9,7 +9,7 @@ from ..reader import Document, Tensor
 from .app import ACT, command
 from .options import DirOption, JsonOption, MatchOption, SlotArgument, ViaOption
 from .render.table import Column, print_table
-from .render.text import complain, print_json, print_line, printable, size_text
+from .render.text import complain, print_json, printable, remark, size_text
 from .selection import document_of, heading, is_like, standing
 
 
@@ -61,13 +61,13 @@ def checksum(
         [[found, size_text(tensor.size), printable(tensor.name)] for tensor, found in rows],
     )
     if left_out:
-        complain(
+        remark(
             f"{len(left_out)} tensors are left out, whose contents change on the way of a request "
             f"or are not on the device: {', '.join(left_out[:3])}"
         )
     for name in wrong:
         complain(f"{name} is not what the server has published a checksum of")
-    print_line(f"{len(rows)} tensors, {sums.ALGORITHM}; {standing(document)}")
+    remark(f"{len(rows)} tensors, {sums.ALGORITHM}; {standing(document)}")
     return status
 
 

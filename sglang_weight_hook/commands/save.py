@@ -15,7 +15,7 @@ from ..memory.save import SHARD_BYTES, Progress, Saved, save
 from ..reader import ControlError, HookError, NoSocket, NotAllowed, Slot, Tensor, open_directory
 from .app import Misused, command
 from .options import DirOption, JsonOption, MatchOption, ViaOption
-from .render.text import complain, print_json, print_line, size_text
+from .render.text import complain, print_json, print_line, remark, size_text
 from .selection import heading, is_like, slots_in
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,7 +36,7 @@ _File = Annotated[
     "save",
     "sglang-weight-hook save 0 model.safetensors\n"
     "sglang-weight-hook save 0 layer3.safetensors --match '*.layers.3.*'\n"
-    "sglang-weight-hook save 0 /snapshots/model.safetensors --shard-size 10GB --hold",
+    "sglang-weight-hook save 0 m.safetensors --shard-size 10GB --hold",
 )
 def save_(
     slot: Annotated[
@@ -101,9 +101,9 @@ def _print_saved(done: Saved) -> None:
         complain(f"{name} is saved as plain bytes: safetensors has no {dtype}")
     if done.left_out:
         first, why = next(iter(done.left_out.items()))
-        complain(f"{len(done.left_out)} tensors are left out, such as {first}: {why}")
+        remark(f"{len(done.left_out)} tensors are left out, such as {first}: {why}")
     resumed = f", {size_text(done.resumed)} of them by an earlier try" if done.resumed else ""
-    complain(f"{done.tensors} tensors, {size_text(done.bytes)}{resumed}")
+    remark(f"{done.tensors} tensors, {size_text(done.bytes)}{resumed}")
 
 
 def _check(slot: Slot) -> None:

@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NamedTuple, Optional, Union
 
 import typer
 
 from ..memory.scrub import RETRY_SECONDS, Baseline, Corruption, Event, Pass, Read, Scrubber, Waiting
-from ..reader import HookError, Tensor, open_directory
+from ..reader import HookError, Stale, Tensor, open_directory
 from .app import ACT, command
 from .options import DirOption, MatchOption, ViaOption
 from .render import scrub_metrics
@@ -24,6 +24,13 @@ from .selection import is_like, slots_in
 _RATE = 5.0  # MiB/s: less than 1 % of a core
 _BASELINE_RATE = 200.0
 _EVERY = 10.0  # seconds
+_GIVE_UP = 10.0  # seconds, of a slot that cannot be read, with --once
+
+
+class Unreadable(NamedTuple):
+    """A slot is not watched any more."""
+
+    slot: str
 
 
 _Slots = Annotated[
@@ -109,19 +116,27 @@ def scrub(
     ]
     report = scrub_metrics.serve(metrics_port) if metrics_port else lambda event: None
     show = _print_json if as_json else _print_event
-    corruptions = 0
+    wrong = 0
     with _ends_with_signals() as ended:
         pace = _Pace({False: rate, True: baseline_rate}, ended)
-        for event in _merged(scrubbers, once, pace, ended):
-            report(event)
-            if isinstance(event, Read):
-                continue
-            show(event)
-            if isinstance(event, Corruption):
-                corruptions += 1
-                if stop:
-                    break
-    return ACT if corruptions else 0
+        try:
+            for event in _merged(scrubbers, once, pace, ended):
+                if isinstance(event, Unreadable):
+                    wrong += 1
+                    continue
+                report(event)
+                if isinstance(event, Read):
+                    continue
+                show(event)
+                if isinstance(event, Corruption):
+                    wrong += 1
+                    if stop:
+                        break
+        except HookError as error:
+            if not wrong:
+                raise
+            complain(str(error))
+    return ACT if wrong else 0
 
 
 def _chosen(match: Optional[str], exclude: list[str]) -> Callable[[Tensor], bool]:
@@ -136,22 +151,38 @@ def _chosen(match: Optional[str], exclude: list[str]) -> Callable[[Tensor], bool
 
 def _merged(
     scrubbers: list[Scrubber], once: bool, pace: _Pace, ended: threading.Event
-) -> Iterator[Event]:
-    """The events of all slots, which are read a piece each in turn.  Raises NotReadable."""
-    running = [scrubber.events() for scrubber in scrubbers]
+) -> Iterator[Union[Event, Unreadable]]:
+    """The events of all slots, which are read a piece each in turn.
+
+    A slot whose memory cannot be reached is named and stops none of the others.  ``once``: nor does
+    it take longer than `_GIVE_UP` seconds.  Raises HookError where no slot is left.
+    """
+    running = {scrubber: scrubber.events() for scrubber in scrubbers}
+    idle_since: dict[Scrubber, float] = {}
     while running and not ended.is_set():
-        idle = True
-        for events in list(running):
-            for event in events:
-                yield event
-                if once and isinstance(event, Pass):
-                    running.remove(events)
-                    break
-                if isinstance(event, Read):
-                    idle = idle and not event.bytes
-                    pace.after(event)
-                    break
-        if idle and running:
+        for scrubber, events in list(running.items()):
+            try:
+                for event in events:
+                    yield event
+                    if once and isinstance(event, Pass):
+                        del running[scrubber]
+                    if isinstance(event, (Pass, Read)):
+                        break
+                if isinstance(event, Read) and not event.bytes:
+                    since = idle_since.setdefault(scrubber, time.monotonic())
+                    if once and time.monotonic() - since > _GIVE_UP:
+                        raise Stale(f"slot {scrubber.slot.name} could not be read: {scrubber.why}")
+                else:
+                    idle_since.pop(scrubber, None)
+                    if isinstance(event, Read):
+                        pace.after(event)
+            except HookError as error:
+                del running[scrubber]
+                if not running:
+                    raise
+                complain(f"{error}; the other slots are watched on")
+                yield Unreadable(scrubber.slot.name)
+        if running.keys() <= idle_since.keys():
             ended.wait(RETRY_SECONDS)
 
 

@@ -19,6 +19,8 @@ from ..reader import Tensor
 # that is wanted, where the stretches are shorter than so many bytes.
 _GAP = 4
 _SHORT = 256
+# Runs of a box at most: elements that are scattered one by one make small boxes.
+_MOST_RUNS = 16384
 
 
 class Box(NamedTuple):
@@ -70,7 +72,8 @@ def box_of(tensor: Tensor) -> Box:
 def boxes(tensor: Tensor, limit: int) -> Iterator[Box]:
     """The tensor's values, cut into boxes of at most ``limit`` bytes (at least one element)."""
     if tensor.size and tensor.itemsize:
-        yield from _cut(box_of(tensor), limit)
+        box = box_of(tensor)
+        yield from _cut(box, min(limit, _MOST_RUNS * _run(box).elements * box.itemsize))
 
 
 def _cut(box: Box, limit: int) -> Iterator[Box]:
@@ -94,6 +97,36 @@ def _cut(box: Box, limit: int) -> Iterator[Box]:
         )
 
 
+class _Run(NamedTuple):
+    """The longest stretch that one run can cover."""
+
+    size: int  # bytes, gaps included
+    elements: int  # that it holds
+    outer: list[int]  # dimensions that repeat it, from the narrowest step to the widest
+    strides: list[int]  # of the dimensions inside it, in bytes; 0 for the others
+
+
+def _run(box: Box) -> _Run:
+    real = [k for k, (n, step) in enumerate(zip(box.shape, box.strides)) if n > 1 and step]
+    real.sort(key=lambda k: box.strides[k])
+    # The block that one run covers, growing from the dimension with the narrowest steps.
+    block = box.itemsize
+    elements = 1
+    local = [0] * len(box.shape)
+    while real:
+        k = real[0]
+        length, step = box.shape[k], box.strides[k]
+        if step != block and not (block < step <= _GAP * block and block < _SHORT):
+            break
+        local[k] = step
+        block += (length - 1) * step
+        elements *= length
+        real.pop(0)
+        if step * length != block:
+            break
+    return _Run(block, elements, real, local)
+
+
 def plan(box: Box) -> Fetch:
     """How to fetch the box.
 
@@ -108,21 +141,7 @@ def plan(box: Box) -> Fetch:
     >>> plan(Box(0, (2, 3), (0, 2), 2)).runs     # expanded: each row is the same memory
     [(0, 6)]
     """
-    real = [k for k, (n, step) in enumerate(zip(box.shape, box.strides)) if n > 1 and step]
-    real.sort(key=lambda k: box.strides[k])
-    # The block that one run covers, growing from the dimension with the narrowest steps.
-    block = box.itemsize
-    local = [0] * len(box.shape)
-    while real:
-        k = real[0]
-        length, step = box.shape[k], box.strides[k]
-        if step != block and not (block < step <= _GAP * block and block < _SHORT):
-            break
-        local[k] = step
-        block += (length - 1) * step
-        real.pop(0)
-        if step * length != block:
-            break
+    block, _, real, local = _run(box)
     if any(box.strides[k] < block for k in real):  # elements overlap: everything in one run
         return _whole(box)
     size = block

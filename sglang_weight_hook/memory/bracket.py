@@ -39,12 +39,21 @@ class Bracket:
     def read(self) -> Iterator[None]:
         """What is read inside is of the document's generations, or `Changed` is raised."""
         self.check()
-        yield
+        try:
+            yield
+        except HookError:
+            self.check()  # what has happened to the weights is the better reason
+            raise
         self.check()
 
     def check(self) -> None:
         """Raises Changed where the weights are no longer the document's."""
         try:
+            if not self._header.is_current():  # its owner could not write it, and took it away
+                raise HookError(
+                    f"{self._header.path} was removed or replaced: its owner has left the slot, or "
+                    f"could not write it; read the document again"
+                )
             if self._header.sequence == self._known:
                 return
             header = self._header.read()

@@ -24,18 +24,25 @@ from .errors import Changed, NotReadable
 
 NAME = "cuda"
 
+# What regions say of memory that no process is handed anything to open with.
+_NOT_OPENED = frozenset({FABRIC, NO_EXPORT})
+
 
 class CudaMemory:
     """Opens what the owner of ``document`` shares.
 
-    A context of CUDA's own is made on the GPU, unless torch has made it in this process already;
-    it takes some hundred megabytes there until this process ends or lets go of it.
+    A context of CUDA's own is made on the GPU when the first memory is opened, unless torch has
+    made it in this process already; it takes some hundred megabytes there until this is closed.
+    To find out whether there is anything to be opened takes none.
     """
 
     name = NAME
 
     def __init__(self, document: Document) -> None:
-        """Find the GPU and ask the server whether it shares.  Raises NotReadable and Changed."""
+        """Find the GPU and ask the server whether it shares; nothing is opened on the device.
+
+        Raises NotReadable, Changed, and ControlError where the server could not be asked.
+        """
         self._document = document
         self._views = dlpack.Views()
         self._driver: Optional[Driver] = None
@@ -59,6 +66,11 @@ class CudaMemory:
             raise NotReadable(
                 f"the document of slot {document.slot.name} does not say which GPU the weights are "
                 f"on; have the server copy them with open_memory(via='owner')"
+            )
+        if not any(region.export not in _NOT_OPENED for region in document.iter_regions()):
+            raise NotReadable(
+                f"no memory of slot {document.slot.name} can be opened by another process; have "
+                f"the server copy it with open_memory(via='owner')"
             )
         self._owner = Owner(document)
         if self._owner.is_this_process:
@@ -85,7 +97,7 @@ class CudaMemory:
         if not tensor.span:
             return True
         exports = self._exports_of(tensor)
-        if exports & {FABRIC, NO_EXPORT}:
+        if exports & _NOT_OPENED:
             raise NotReadable(
                 f"the memory of {tensor.name} cannot be opened by another process; have the server "
                 f"copy it with open_memory(via='owner')"
@@ -139,6 +151,10 @@ class CudaMemory:
 
     def fetch(self, runs: Sequence[Run], target: memoryview) -> None:
         assert self._transfer is not None
+        assert self._owner is not None
+        if not any(length for _, length in runs):
+            self._owner.require()  # nothing is opened for an empty tensor
+            return
         with self._working():
             self._transfer.copy(list(self._rows(runs)), target)
 
@@ -225,6 +241,8 @@ class CudaMemory:
         device, self._device = self._device, None
         if device is None or self._driver is None:
             return
+        if not device.has_context:
+            return  # so nothing was opened
         try:
             with device.current():
                 if self._views.made:

@@ -111,7 +111,11 @@ class Driver:
 
 
 class Device:
-    """One GPU, and its primary context, which is torch's in this process, too."""
+    """One GPU, and its primary context, which is torch's in this process, too.
+
+    The context is made when it is first worked in: on a GPU that a server has filled there may be
+    no room for it, and who only asks whether there is a way needs none.
+    """
 
     def __init__(self, driver: Driver, gpu_uuid: str) -> None:
         """Raises NotReadable where this process does not see the GPU; CudaError."""
@@ -127,12 +131,19 @@ class Device:
         self.ordinal = ordinal  # here; the server may have another number for it
         self._device = ctypes.c_int()
         driver.call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(ordinal))
-        self._context = ctypes.c_void_p()
-        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._context: Optional[ctypes.c_void_p] = None
+
+    @property
+    def has_context(self) -> bool:
+        return self._context is not None
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Its context is this thread's inside, and what was before is again behind."""
+        if self._context is None:
+            context = ctypes.c_void_p()
+            self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+            self._context = context
         self._driver.call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
@@ -140,4 +151,6 @@ class Device:
             self._driver.status("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def close(self) -> None:
-        self._driver.status("cuDevicePrimaryCtxRelease_v2", self._device)
+        context, self._context = self._context, None
+        if context is not None:
+            self._driver.status("cuDevicePrimaryCtxRelease_v2", self._device)

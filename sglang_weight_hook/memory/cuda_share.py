@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..layout import process
 from ..layout.sharing import LEGACY_IPC, NO_EXPORT, POSIX_FD, SHARED_ALLOCATIONS
-from ..reader import ControlError, Document, HookError
+from ..reader import Document, HookError, NotAllowed
 from ..reader.conversation import Conversation, garbled
 from ..reader.errors import OwnerGone
 from .errors import Changed, NotReadable
@@ -23,7 +23,9 @@ from .owner import refusal
 from .process import find_pid
 
 _TIMEOUT = 10.0  # seconds, for an answer
-_PAUSE = 0.002  # while the owner is busy
+# While the owner is busy: it is asked again after pauses that grow, and not for long.
+_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
+_PATIENCE = 2.0
 _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 # Allocations are pages or multiples of them, so a run lies in no more than so many.
 _SMALLEST = 4096
@@ -49,8 +51,8 @@ def allocations_under(
     """The owner's allocations from ``start`` to ``end``, in groups; by address, without gaps.
 
     The descriptors of a group are closed when the next is asked for, or it is closed itself.
-    Asks once where ``start`` is ``end``.  Raises NotReadable and Changed, and HookError where what
-    answers is not the hook.
+    Asks once where ``start`` is ``end``.  Raises NotReadable, where the owner does not share;
+    Changed; and ControlError where it could not be asked, which says nothing of its memory.
     """
     position, groups = start, 2 + (end - start) // _SMALLEST
     with _connected(document) as conversation:
@@ -79,7 +81,7 @@ def _connected(document: Document) -> Iterator[Conversation]:
         conversation = Conversation(document.slot, document.state, _TIMEOUT)
     except OwnerGone as error:
         raise Changed(str(error)) from error
-    except ControlError as error:
+    except NotAllowed as error:
         raise NotReadable(str(error)) from error
     with conversation:
         yield conversation
@@ -88,7 +90,7 @@ def _connected(document: Document) -> Iterator[Conversation]:
 def _asked(
     document: Document, conversation: Conversation, address: int, size: int
 ) -> Mapping[str, Any]:
-    """The answer about a run, where it is one.  Raises NotReadable and Changed."""
+    """The answer about a run, where it is one.  Raises NotReadable, Changed and ControlError."""
     request = {
         "op": "share",
         "slot": document.slot.name,
@@ -96,23 +98,30 @@ def _asked(
         "ptr": address,
         "size": size,
     }
-    deadline = time.monotonic() + _TIMEOUT
+    deadline, pause = time.monotonic() + _PATIENCE, _PAUSE
     while True:
         try:
             answer = conversation.ask(request)
         except OwnerGone as error:
             raise Changed(str(error)) from error
-        except ControlError as error:
+        except NotAllowed as error:
             raise NotReadable(str(error)) from error
         if answer.get("ok") is True:
             return answer
-        if answer.get("error") != "busy" or time.monotonic() > deadline:
+        if answer.get("error") != "busy" or time.monotonic() + pause > deadline:
             break
-        time.sleep(_PAUSE)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    name, said = document.slot.name, str(answer.get("message"))[:200]
+    if answer.get("error") == "busy":
+        raise Changed(
+            f"slot {name} is not as the document says ({said}, also after {_PATIENCE:g} s); wait "
+            f"until it is ready and read the document again"
+        )
     if answer.get("error") == "failed":
         raise NotReadable(
-            f"the owner of slot {document.slot.name} hands out nothing to open its memory with "
-            f"({str(answer.get('message'))[:200]}); have it copy with open_memory(via='owner')"
+            f"the owner of slot {name} hands out nothing to open its memory with ({said}); have it "
+            f"copy with open_memory(via='owner')"
         )
     raise refusal(document, answer)
 

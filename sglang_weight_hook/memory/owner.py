@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..layout.sharing import COPY_BYTES, COPY_RUNS, IDLE_SECONDS
+from ..layout.states import READY
 from ..layout.variables import SHARE
-from ..reader import ControlError, Document, HookError, NotAllowed, Tensor
+from ..reader import Busy, Document, HookError, NoSocket, NotAllowed, OwnerGone, Tensor
 from ..reader.conversation import Conversation
 from .backend import Run
 from .errors import Changed, NotReadable
@@ -22,7 +23,7 @@ from .errors import Changed, NotReadable
 NAME = "owner"
 
 _TIMEOUT = 10.0  # seconds, for an answer
-_PAUSE = 0.002  # while the owner is busy
+_PAUSE, _LONGEST_PAUSE = 0.002, 0.05  # while the owner is busy
 
 
 class OwnerMemory:
@@ -34,7 +35,12 @@ class OwnerMemory:
         """Connect, and ask for nothing.  Raises NotReadable and Changed."""
         self._document = document
         self._asked_at = time.monotonic()
-        self._conversation = self._connected()
+        try:
+            self._conversation = self._connected()
+        except (NoSocket, NotAllowed) as error:
+            raise NotReadable(str(error)) from error
+        except OwnerGone as error:
+            raise Changed(str(error)) from error
         try:
             self._ask([])
         except BaseException:
@@ -51,37 +57,35 @@ class OwnerMemory:
         start = 0
         for some in requests(runs):
             size = sum(length for _, length in some)
-            self._ask(some)
             try:
+                self._ask(some)
                 self._conversation.take_into(target[start : start + size])
-            except ControlError as error:
-                raise Changed(str(error)) from error
+            except BaseException as error:
+                # Bytes may still come that belong to this request.
+                self._conversation.close()
+                if isinstance(error, OwnerGone):
+                    raise Changed(str(error)) from error
+                raise
             start += size
 
     def _ask(self, runs: Sequence[Run]) -> None:
-        """Have the runs copied; their bytes follow.  Raises NotReadable and Changed."""
+        """Have the runs copied; their bytes follow.
+
+        Raises NotReadable, Changed, and ControlError where no answer can be had at the moment.
+        """
         request = {
             "op": "copy",
             "slot": self._document.slot.name,
             "instance": self._document.instance,
             "runs": [list(run) for run in runs],
         }
-        deadline = time.monotonic() + _TIMEOUT
-        if time.monotonic() > self._asked_at + IDLE_SECONDS / 2:
-            # The owner closes a connection on which nothing was said for long.
+        # The owner closes a connection on which nothing was said for long.
+        idle = time.monotonic() > self._asked_at + IDLE_SECONDS / 2
+        if idle or not self._conversation.is_open:
             self._conversation.close()
             self._conversation = self._connected()
         self._asked_at = time.monotonic()
-        while True:
-            try:
-                answer = self._conversation.ask(request)
-            except NotAllowed as error:
-                raise NotReadable(str(error)) from error
-            except ControlError as error:
-                raise Changed(str(error)) from error
-            if answer.get("error") != "busy" or time.monotonic() > deadline:
-                break
-            time.sleep(_PAUSE)
+        answer = self._answer(request)
         if answer.get("ok") is not True:
             raise refusal(self._document, answer)
         if answer.get("bytes") != sum(length for _, length in runs):
@@ -90,12 +94,27 @@ class OwnerMemory:
                 f"bytes where another number was asked for; see what listens on its control socket"
             )
 
+    def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The owner's answer, asked again for a while if it is busy."""
+        deadline, pause = time.monotonic() + _TIMEOUT, _PAUSE
+        while True:
+            try:
+                answer = self._conversation.ask(request)
+            except NotAllowed as error:
+                raise NotReadable(str(error)) from error
+            if answer.get("error") != "busy" or time.monotonic() > deadline:
+                return answer
+            state = self._document.slot.header().state
+            if state != READY:
+                raise Changed(
+                    f"slot {self._document.slot.name} is {state}, and its owner copies only while "
+                    f"it is ready; wait until it is, and read the document again"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
     def _connected(self) -> Conversation:
-        document = self._document
-        try:
-            return Conversation(document.slot, document.state, _TIMEOUT)
-        except ControlError as error:
-            raise NotReadable(str(error)) from error
+        return Conversation(self._document.slot, self._document.state, _TIMEOUT)
 
     def close(self) -> None:
         self._conversation.close()
@@ -136,6 +155,8 @@ def refusal(document: Document, answer: Mapping[str, Any]) -> HookError:
             f"the owner of slot {name} knows nothing of sharing ({said}); install the hook's newer "
             f"release in the server's environment and start it with {SHARE}=1"
         )
-    if word in ("busy", "changed", "no_slot"):
+    if word == "busy":
+        return Busy(f"the owner of slot {name} has no time for a copy ({said}); ask again")
+    if word in ("changed", "no_slot"):
         return Changed(f"slot {name} is not as the document says ({said}); read it again")
     return NotReadable(f"the owner of slot {name} could not copy: {said}; see its log")

@@ -285,9 +285,15 @@ def _alone(partial: str) -> Iterator[None]:
 def _opened(partial: str) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     descriptor = os.open(partial, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    why = None
+    if not stat.S_ISREG(status.st_mode):
+        why = "is no regular file"
+    elif status.st_uid != os.geteuid() or status.st_nlink != 1 or status.st_mode & 0o002:
+        why = "is another user's or can be written by others, so what it holds is not trusted"
+    if why is not None:
         os.close(descriptor)
-        raise HookError(f"{partial} is no regular file; give another name")
+        raise HookError(f"{partial} {why}; remove it, or give another name")
     return descriptor
 
 

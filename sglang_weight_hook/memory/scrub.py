@@ -100,14 +100,17 @@ class Scrubber:
         self._sums: dict[str, Any] = {}  # by tensor: the sums of its blocks
         self._key: Any = None  # what the sums are of
         self._passes = 0
+        self.why: Optional[str] = None  # it cannot be read now
+        self._worked = False  # whether anything could be read
 
     def events(self) -> Iterator[Event]:
-        """What happens, for ever.  Raises NotReadable where the memory cannot be reached at all."""
+        """What happens, for ever.  Raises NotReadable where the memory could never be reached."""
         told = None
         while True:
             why = None
             try:
                 if self._rests():
+                    self.why = None
                     yield Read(0, False)
                     continue
                 document = self.slot.read(0.0)
@@ -115,10 +118,13 @@ class Scrubber:
                 if why is None:
                     told = None
                     yield from self._once(document)
-            except NotReadable:
-                raise
+            except NotReadable as error:
+                if self._key is None and not self._worked:
+                    raise
+                why = str(error)  # a server that is ending has taken its socket away already
             except HookError as error:  # also `Changed`: what it was reading has changed
                 why = str(error)
+            self.why = why
             if why is not None:
                 if why != told:
                     yield Waiting(self.slot.name, why)
@@ -130,12 +136,17 @@ class Scrubber:
         if self._key is None or time.monotonic() >= self._began + self._every:
             return False
         header = self.slot.header()
-        return header.state == READY and self._key == (
-            header.instance,
-            header.pid,
-            header.layout_generation,
-            header.content_generation,
-            header.physical_epoch,
+        return (
+            header.state == READY
+            and self.slot.owner_alive()
+            and self._key
+            == (
+                header.instance,
+                header.pid,
+                header.layout_generation,
+                header.content_generation,
+                header.physical_epoch,
+            )
         )
 
     def _cannot_be_read(self, document: Document) -> Optional[str]:
@@ -175,6 +186,7 @@ class Scrubber:
                 ways.add(memory.via(tensor.name))
             memory.check()
         seconds = time.monotonic() - began
+        self._worked = True
         if is_baseline:
             self._sums, self._key, self._began = taken, key, -self._every
             yield Baseline(

@@ -27,6 +27,9 @@ from . import once
 
 MAX_CONNECTIONS = 32
 MAX_REQUEST = 4096  # bytes of a line
+# No descriptor, no memory: nobody is accepted for so many seconds.
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PAUSE_SECONDS = 1.0
 _STALE_SECONDS = 10.0  # a dead process's socket is removed when it is older than this
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -69,6 +72,7 @@ class ControlSocket:
         self._answer = answer
         self._connections: dict[socket.socket, _Connection] = {}
         self._listener: Optional[socket.socket] = None
+        self._listens_again_at: Optional[float] = None  # set while there is no room for more
         self._inode: Optional[tuple[int, int]] = None
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
@@ -124,7 +128,9 @@ class ControlSocket:
         if self._directory is None or self._is_there():
             return
         if self._listener is not None:
-            self._selector.unregister(self._listener)
+            if self._listens_again_at is None:
+                self._selector.unregister(self._listener)
+            self._listens_again_at = None
             self._listener.close()
             self._listener = self.name = None
         if os.path.isdir(self._directory):
@@ -148,6 +154,8 @@ class ControlSocket:
 
     def serve(self, timeout: Optional[float]) -> None:
         """Answer who asks, for ``timeout`` seconds or until `wake`; None: until `wake` alone."""
+        if self._listens_again_at is not None:
+            timeout = min(timeout if timeout is not None else _PAUSE_SECONDS, _PAUSE_SECONDS)
         if self._connections:
             timeout = min(timeout if timeout is not None else IDLE_SECONDS, IDLE_SECONDS)
         for key, events in self._selector.select(timeout):
@@ -160,6 +168,10 @@ class ControlSocket:
             else:
                 self._talk(key.data, events)
         now = time.monotonic()
+        if self._listens_again_at is not None and now >= self._listens_again_at:
+            self._listens_again_at = None
+            if self._listener is not None:
+                self._selector.register(self._listener, selectors.EVENT_READ)
         for connection in list(self._connections.values()):
             if now - connection.last_word > IDLE_SECONDS:
                 self._drop(connection)
@@ -168,8 +180,11 @@ class ControlSocket:
         assert self._listener is not None
         try:
             peer, _ = self._listener.accept()
-        except OSError:  # it has gone already, or there is no descriptor left
-            return
+        except OSError as error:
+            if error.errno in _NO_ROOM:  # who waits keeps the listener readable
+                self._selector.unregister(self._listener)
+                self._listens_again_at = time.monotonic() + _PAUSE_SECONDS
+            return  # else it has gone already
         try:
             peer.setblocking(False)
             found = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -216,6 +231,7 @@ class ControlSocket:
     def _reply(self, connection: _Connection, line: bytes) -> None:
         """Answer one request."""
         answered: Union[dict[str, Any], Answered]
+        request: Any = None
         try:
             request = json.loads(line)
             if not isinstance(request, dict):
@@ -232,6 +248,9 @@ class ControlSocket:
                     answered = refused("failed", repr(error))
         if not isinstance(answered, Answered):
             answered = Answered(answered)
+        number = request.get("n") if isinstance(request, dict) else None
+        if isinstance(number, int):  # so that an answer is not taken for another request's
+            answered = answered._replace(answer={**answered.answer, "n": number})
         connection.unsent.append(memoryview(_line_of(answered.answer)))
         connection.descriptors = answered.descriptors
         if answered.payload:

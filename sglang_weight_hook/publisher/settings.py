@@ -12,6 +12,7 @@ from typing import NamedTuple, Optional
 
 from ..layout import variables
 from ..layout.location import DIRECTORY, directory_from
+from . import once
 
 
 class Settings(NamedTuple):
@@ -60,26 +61,34 @@ def parse(environment: Mapping[str, str], base: str) -> Settings:
 def users_from(value: Optional[str]) -> Optional[frozenset[int]]:
     """Who else may read weights: user ids for names and numbers; None where sharing is off.
 
-    A name that this machine does not know lets nobody in.
+    Only ``1`` and users that there are switch it on: a word that is neither leaves it off.
 
-    >>> users_from("0"), users_from(None), users_from("1"), users_from("1,nobody-of-that-name")
-    (None, None, frozenset(), frozenset())
-    >>> users_from("1000, 1001") == {1000, 1001}
-    True
+    >>> users_from(None), users_from("0"), users_from("off"), users_from("nobody-of-that-name")
+    (None, None, None, None)
+    >>> users_from("1"), users_from("1000, 1001") == {1000, 1001}
+    (frozenset(), True)
     """
-    found: set[Optional[int]] = set()
-    words = [word.strip() for word in (value or "").split(",")]
-    if not any(words) or words == ["0"]:
+    found: set[int] = set()
+    words = (value or "").replace(",", " ").split()
+    if not words or words == ["0"]:
         return None
     for word in words:
-        if word.isdecimal():
-            found.add(int(word))
-        elif word:
-            found.add(_uid_of(word))
-    return frozenset(uid for uid in found if uid not in (None, 0, 1))
+        uid = int(word) if word.isdecimal() else _uid_of(word)
+        if uid is None:
+            once.warn(
+                "share",
+                "no weights are shared: %s has %r, which is neither 1 nor a user here",
+                variables.SHARE,
+                word,
+            )
+            return None
+        found.add(uid)
+    return frozenset(found - {0, 1})
 
 
 def _uid_of(name: str) -> Optional[int]:
+    if name.lower() in ("off", "no", "false", "none", "disabled"):
+        return None  # meant as they are said, and no user is asked for
     try:
         import pwd
 

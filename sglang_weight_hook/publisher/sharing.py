@@ -29,6 +29,7 @@ Run = tuple[int, int]  # address, bytes
 
 _STILL_WRITTEN = "the device is still writing the weights that an update has given it"
 
+_LONGEST_WAIT = 5.0  # seconds; a copy takes milliseconds
 # Held by a copy under way.  Never held while anything else is waited for.
 _copying = threading.Lock()
 
@@ -36,10 +37,11 @@ _copying = threading.Lock()
 def wait_for_copies() -> None:
     """The copy under way, if any, is done: called between the lock and what SGLang then changes.
 
-    No further one begins, for the runner is busy from before this call on.
+    No further one begins, for the runner is busy from before this call on.  SGLang goes on after
+    `_LONGEST_WAIT` whatever a copy does.
     """
-    with _copying:
-        pass
+    if _copying.acquire(timeout=_LONGEST_WAIT):
+        _copying.release()
 
 
 def after_fork_in_child() -> None:

@@ -136,7 +136,10 @@ class Tracked:
         finally:
             self.version += 1
             self.waits_for_lock = False
-            sharing.wait_for_copies()
+            # An expert relocation moves values, no memory, in a forward, which waits for nothing:
+            # what a reader was given meanwhile it throws away.
+            if self.event is None or self.event.effects != {"relocate"}:
+                sharing.wait_for_copies()
         self.state = UPDATING if self.settled else LOADING
 
     def ends_stream_before(self, kind: str, effect: str) -> bool:

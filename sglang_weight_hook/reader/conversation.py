@@ -46,6 +46,8 @@ class Conversation:
         self._state = state
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
+        self._asked = 0
+        self.is_open = True
         self._received = bytearray()  # behind the answers that were taken
         self._descriptors: list[int] = []
         self._name = _socket_name(slot, state)
@@ -60,6 +62,18 @@ class Conversation:
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to ``request``, whatever it says.  Raises ControlError."""
         self._deadline = time.monotonic() + self._timeout
+        self._asked += 1
+        try:
+            answer = self._answer({**request, "n": self._asked})
+        except BaseException:
+            # What still comes would be taken for the answer to the next request.
+            self.close()
+            raise
+        if answer.get("error") == "not_allowed":
+            raise _not_allowed(self._slot)
+        return answer
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         slot = self._slot
         with self._explained():
             self._peer.settimeout(self._left())
@@ -76,12 +90,19 @@ class Conversation:
             raise garbled(slot, f"it is not JSON ({error})") from error
         if not isinstance(answer, dict):
             raise garbled(slot, "it is no JSON object")
-        if answer.get("error") == "not_allowed":
-            raise _not_allowed(slot)
+        if answer.get("n", request["n"]) != request["n"]:
+            raise garbled(slot, "it is the answer to another request")
         return answer
 
     def take_into(self, target: memoryview) -> None:
         """Fill ``target`` with the bytes that follow the answer.  Raises ControlError."""
+        try:
+            self._take_into(target)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_into(self, target: memoryview) -> None:
         ready = min(len(self._received), len(target))
         target[:ready] = self._received[:ready]
         del self._received[:ready]
@@ -103,6 +124,8 @@ class Conversation:
         return found
 
     def close(self) -> None:
+        """Also after anything went wrong: another request takes another conversation."""
+        self.is_open = False
         for descriptor in self.take_descriptors():
             with contextlib.suppress(OSError):
                 os.close(descriptor)

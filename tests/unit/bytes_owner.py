@@ -157,6 +157,9 @@ class BytesOwner:
             time.sleep(0.01)
         raise AssertionError("it does not stop")
 
+    def go_on(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import selectors
 import socket
 import time
 from collections.abc import Callable
@@ -164,3 +166,31 @@ def test_a_forked_child_has_no_thread_and_leaves_the_socket_to_its_parent(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (maps / name).exists()
     assert ask(maps, {"op": "check", "slot": "0"})["ok"] is True
+
+
+def test_without_a_free_descriptor_nobody_is_accepted_for_a_while(
+    asked: FakeRunner, maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for accept(2) keeps the listener readable, which must not keep the thread busy."""
+    calls = []
+    listener = background._thread.control._listener  # type: ignore[union-attr]
+
+    class Full:
+        def fileno(self) -> int:
+            return listener.fileno()
+
+        def accept(self) -> None:
+            calls.append(time.monotonic())
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    control_socket = background._thread.control  # type: ignore[union-attr]
+    full = Full()
+    control_socket._selector.unregister(listener)
+    control_socket._selector.register(full, selectors.EVENT_READ)
+    with monkeypatch.context() as patched:
+        patched.setattr(control_socket, "_listener", full)
+        background.wake()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiting:
+            waiting.connect(str(maps / state_of(maps)["control"]))
+            time.sleep(1.5)
+    assert 1 <= len(calls) <= 3

@@ -101,3 +101,15 @@ def test_a_forked_child_has_its_own_process_in_the_directory(
 
 def test_the_examples_of_the_module_hold() -> None:
     assert doctest.testmod(settings).failed == 0
+
+
+@pytest.mark.parametrize(
+    "value", ["", "0", "off", "OFF", "no", "false", "no-such-user", "1,no-such"]
+)
+def test_only_1_and_known_users_switch_sharing_on(value: str) -> None:
+    assert settings.parse({variables.SHARE: value}, "/srv").share is None
+
+
+def test_users_are_names_and_numbers() -> None:
+    assert settings.parse({variables.SHARE: "1"}, "/srv").share == frozenset()
+    assert settings.parse({variables.SHARE: "nobody, 1000"}, "/srv").share == {65534, 1000}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_sglang import FakeRunner, update
+from fake_sglang import FakeRunner, event, update
 
 from sglang_weight_hook.memory import Memory
 
@@ -161,3 +161,15 @@ def test_scrub_once(run: Run, runner: FakeRunner) -> None:
     assert (ended.status, ended.err) == (0, "")
     assert "baseline of content generation 1" in ended.out
     assert "unchanged  pass 1" in ended.out
+
+
+def test_scrub_once_ends_where_a_slot_cannot_be_read(
+    run: Run, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_weight_hook.commands import scrub
+
+    monkeypatch.setattr(scrub, "_GIVE_UP", 0.6)
+    event("update_weights_from_disk", "update", [runner], result=(False, "no"))
+    ended = run("scrub", "--once")
+    assert ended.status == 3
+    assert "slot 0 could not be read: slot 0 is failed" in ended.err

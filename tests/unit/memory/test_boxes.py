@@ -99,3 +99,11 @@ def test_a_large_transposed_matrix_is_fetched_along_its_columns_once() -> None:
     fetched = sum(boxes.plan(box).size for box in boxes.boxes(described(tensor), 1 << 20))
     assert fetched == tensor.numel()
     assert all(len(boxes.plan(box).runs) <= 3000 for box in boxes.boxes(described(tensor), 1 << 20))
+
+
+def test_scattered_elements_make_small_boxes() -> None:
+    """A run an element, so that their number, not the bytes, bounds the memory."""
+    tensor = torch.zeros(100_000, 50, dtype=torch.int16)[:, 7]
+    pieces = list(boxes.boxes(described(tensor), 8 << 20))
+    assert max(len(boxes.plan(box).runs) for box in pieces) <= 16384
+    assert sum(box.size for box in pieces) == 200_000

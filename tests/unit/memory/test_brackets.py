@@ -159,3 +159,83 @@ def test_an_update_waits_for_no_reader_that_takes_nothing(owner: BytesOwner) -> 
         assert owner.tell("fill") == "done"
         with owner.read().open_memory(via="owner") as memory:  # and others are served
             assert memory.array("of_int32")[0, 0] == 1
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_the_next_one(
+    owner: BytesOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner_way, "_TIMEOUT", 0.3)
+    with owner.read().open_memory(via="owner") as memory:
+        first, second = memory.read("of_float32"), memory.read("of_int32")
+        assert len(first) == len(second)  # or sizes would tell
+        owner.stop()
+        with pytest.raises(HookError, match="has not answered"):
+            memory.read("of_float32")
+        owner.go_on()
+        monkeypatch.setattr(owner_way, "_TIMEOUT", 10.0)
+        assert memory.read("of_int32") == second
+        assert memory.read("of_float32") == first
+
+
+def test_a_reader_that_is_interrupted_in_an_answer_goes_on_with_the_next(
+    owner: BytesOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_weight_hook.reader.conversation import Conversation
+
+    def interrupted(self: Any, target: Any) -> None:
+        raise KeyboardInterrupt
+
+    with owner.read().open_memory(via="owner") as memory:
+        second = memory.read("of_int32")
+        with monkeypatch.context() as patched:
+            patched.setattr(Conversation, "_take_into", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                memory.read("of_float32")
+        assert memory.read("of_int32") == second
+
+
+def test_readers_that_take_nothing_are_no_change_of_the_weights(
+    owner: BytesOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_weight_hook.reader import Busy
+    from sglang_weight_hook.reader.conversation import Conversation
+
+    monkeypatch.setattr(owner_way, "_TIMEOUT", 0.5)
+    document = owner.read()
+    tensor = document.tensor("lm_head.weight")
+    line = (
+        f'{{"op": "copy", "slot": "0", "instance": "{document.instance}", '
+        f'"runs": [[{tensor.ptr}, {tensor.size}]]}}\n'
+    ).encode()
+    hogs = [Conversation(document.slot, document.state, 5.0) for _ in range(4)]
+    for hog in hogs:
+        hog._peer.sendall(line)
+    time.sleep(0.3)
+    with document.open_memory(via="owner") as memory:
+        with pytest.raises(Busy, match="other readers are served"):
+            memory.read("lm_head.weight")
+        for hog in hogs:
+            hog.close()
+        memory.read("lm_head.weight")
+
+
+def test_an_owner_that_is_not_ready_is_not_asked_again_and_again(owner: BytesOwner) -> None:
+    owner.tell("fail")
+    began = time.monotonic()
+    with (
+        owner.read().open_memory(via="owner", allow=("failed",)) as memory,
+        pytest.raises(Changed, match="copies only while it"),
+    ):
+        memory.read("scalar")
+    assert time.monotonic() - began < 5
+
+
+def test_a_header_that_was_taken_away_is_no_good_one(owner: BytesOwner) -> None:
+    """As by an owner that could not write it: who has it open still reads the old state."""
+    import os
+
+    with owner.read().open_memory() as memory:
+        memory.read("scalar")
+        os.unlink(owner.slot.path("weight_header_{}.bin"))
+        with pytest.raises(Changed, match="removed or replaced"):
+            memory.read("scalar")

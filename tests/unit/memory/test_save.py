@@ -336,3 +336,16 @@ def test_memory_does_not_grow_with_the_model(
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) == 400 << 20
     assert path.stat().st_size > 400 << 20
+
+
+def test_what_another_user_has_begun_is_not_gone_on_with(owner: BytesOwner, tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        save(owner.slot, str(path), tell=interrupt_at(450_000))
+    (partial,) = tmp_path.glob("*.partial")
+    os.chown(partial, 61001, 61001)
+    with pytest.raises(HookError, match="is another user's"):
+        save(owner.slot, str(path))
+    assert not path.exists()
