@@ -73,10 +73,8 @@ def history(
     form = asked_form(output, as_json, no_headers)
     oldest = None if since is None else _time(since, time.time())
     found = open_directory(directory)
-    if slot is not None:
-        histories = [found.slot(slot).history(oldest, kind)]
-    else:
-        histories = found.histories(oldest, kind)
+    one = None if slot is None else found.slot(slot).history(oldest, kind)
+    histories = found.histories(oldest, kind) if one is None else [one]
     if not histories:
         raise HookError(
             f"no event was logged in {found.path}; check --dir and that a server has published "

@@ -11,7 +11,7 @@ from ..reader import CacheBuffer, Document, Hit, HookError, Region, open_directo
 from .app import ACT, NO_ANSWER, Misused, command
 from .options import AllowStaleOption, DirOption, JsonOption, NoHeadersOption, OutputOption
 from .output import asked_form
-from .render.output import print_answer
+from .render.output import Form, print_answer
 from .render.table import Column
 from .render.text import (
     address_text,
@@ -47,6 +47,25 @@ class _Found(NamedTuple):
         return bool(self.hits or self.region or self.buffers)
 
 
+_Addresses = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADDRESS...",
+        help="Addresses: hexadecimal (0x...) or decimal; - reads them from stdin.  After them may "
+        "stand a slot, or a saved layout file.",
+    ),
+]
+_OneSlot = Annotated[
+    Optional[str],
+    typer.Option(
+        "--slot",
+        metavar="SLOT",
+        help="Only this slot, or a saved layout file; default: all slots.",
+        autocompletion=slots_named,
+    ),
+]
+
+
 @command(
     "lookup",
     "sglang-weight-hook lookup 0x7f3a5c000000\n"
@@ -54,23 +73,8 @@ class _Found(NamedTuple):
     "grep -o '0x[0-9a-f]*' faults.log | sglang-weight-hook lookup - -o csv",
 )
 def lookup(
-    addresses: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADDRESS...",
-            help="Addresses: hexadecimal (0x...) or decimal; - reads them from stdin.  After "
-            "them may stand a slot, or a saved layout file.",
-        ),
-    ],
-    slot: Annotated[
-        Optional[str],
-        typer.Option(
-            "--slot",
-            metavar="SLOT",
-            help="Only this slot, or a saved layout file; default: all slots.",
-            autocompletion=slots_named,
-        ),
-    ] = None,
+    addresses: _Addresses,
+    slot: _OneSlot = None,
     directory: DirOption = None,
     output: OutputOption = None,
     no_headers: NoHeadersOption = False,
@@ -116,22 +120,26 @@ def lookup(
             }
         )
     elif output is not None:
-        records = [record for found in told for record in _records(found)]
-        columns = [
-            *(Column("address"), Column("slot"), Column("role", drop=2)),
-            *(Column("layer", right=True, drop=1), Column("dtype", drop=4)),
-            *(Column("at", drop=3), Column("name")),
-        ]
-        print_answer(form, columns, [_row(record) for record in records], records, _FIELDS)
-        for place, one in answers.items():
-            if not any(found.is_any for found in one):
-                remark(f"no published memory at {address_text(place)}")
+        _print_records(form, told, answers)
     else:
         for place, one in answers.items():
             _print_answers(place, one, len(places) > 1)
         for document in asked:
             remark(standing(document))
     return status
+
+
+def _print_records(form: Form, told: list[_Found], answers: dict[int, list[_Found]]) -> None:
+    records = [record for found in told for record in _records(found)]
+    columns = [
+        *(Column("address"), Column("slot"), Column("role", drop=2)),
+        *(Column("layer", right=True, drop=1), Column("dtype", drop=4)),
+        *(Column("at", drop=3), Column("name")),
+    ]
+    print_answer(form, columns, [_row(record) for record in records], records, _FIELDS)
+    for place, one in answers.items():
+        if not any(found.is_any for found in one):
+            remark(f"no published memory at {address_text(place)}")
 
 
 def _without_slot(

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+_Gone = Annotated[
+    bool, typer.Option("--gone", help="Also count stale slots, whose owner has exited.")
+]
+_Watch = Annotated[bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")]
+
+
 @command(
     "report",
     "sglang-weight-hook report\n"
@@ -30,12 +36,8 @@ if TYPE_CHECKING:
 )
 def report(
     directories: DirsOption = None,
-    count_stale: Annotated[
-        bool, typer.Option("--gone", help="Also count stale slots, whose owner has exited.")
-    ] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")
-    ] = False,
+    count_stale: _Gone = False,
+    watch: _Watch = False,
     output: OutputOption = None,
     no_headers: NoHeadersOption = False,
     allow_stale: AllowStaleOption = False,
@@ -53,16 +55,8 @@ def report(
             raise Misused(f"--watch prints tables, no {form.name}; `watch --json` prints events")
         _watch(asked, count_stale)
         return 0
-    slots = []
-    status = unreadable = 0
-    for found in asked:
-        try:
-            slots += [_Accounted(slot, count_stale) for slot in found.slots()]
-        except HookError as error:
-            if len(asked) == 1:
-                raise
-            complain(f"{found.path} is left out: {error}")
-            unreadable += 1
+    status = 0
+    slots, unreadable = _accounted(asked, count_stale)
     for slot in slots:
         if slot.document is not None:
             status = max(status, stale_status(slot.document, allow_stale))
@@ -99,6 +93,23 @@ def report(
         )
     _print_gpus(form, gpus, total)
     return status
+
+
+def _accounted(asked: list[Directory], count_stale: bool) -> tuple[list[_Accounted], int]:
+    """The slots of all directories, and how many directories cannot be read.
+
+    Raises HookError where it is the only one.
+    """
+    slots, unreadable = [], 0
+    for found in asked:
+        try:
+            slots += [_Accounted(slot, count_stale) for slot in found.slots()]
+        except HookError as error:
+            if len(asked) == 1:
+                raise
+            complain(f"{found.path} is left out: {error}")
+            unreadable += 1
+    return slots, unreadable
 
 
 class _Accounted:

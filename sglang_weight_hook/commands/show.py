@@ -41,6 +41,24 @@ _FIELDS = (
 )
 
 
+_Sort = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Order by name, address or size (largest first); default: the model's order.",
+        metavar="KEY",
+    ),
+]
+_Role = Annotated[
+    Optional[str],
+    typer.Option(help=f"Only tensors of this role: {', '.join(ROLES)}.", metavar="ROLE"),
+]
+_Layer = Annotated[Optional[int], typer.Option(help="Only tensors of layer N.", metavar="N")]
+_Top = Annotated[Optional[int], typer.Option(help="Only the first N tensors.", metavar="N", min=1)]
+_By = Annotated[
+    Optional[str], typer.Option(help="Only sums, by role, layer or dtype.", metavar="KEY")
+]
+
+
 @command(
     "show",
     "sglang-weight-hook show\n"
@@ -51,28 +69,12 @@ _FIELDS = (
 def show(
     slot: SlotArgument = None,
     directory: DirOption = None,
-    sort: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Order by name, address or size (largest first); default: the model's order.",
-            metavar="KEY",
-        ),
-    ] = None,
+    sort: _Sort = None,
     match: MatchOption = None,
-    role: Annotated[
-        Optional[str],
-        typer.Option(help=f"Only tensors of this role: {', '.join(ROLES)}.", metavar="ROLE"),
-    ] = None,
-    layer: Annotated[
-        Optional[int], typer.Option(help="Only tensors of layer N.", metavar="N")
-    ] = None,
-    top: Annotated[
-        Optional[int], typer.Option(help="Only the first N tensors.", metavar="N", min=1)
-    ] = None,
-    by: Annotated[
-        Optional[str],
-        typer.Option("--by", help="Only sums, by role, layer or dtype.", metavar="KEY"),
-    ] = None,
+    role: _Role = None,
+    layer: _Layer = None,
+    top: _Top = None,
+    by: _By = None,
     output: OutputOption = None,
     no_headers: NoHeadersOption = False,
     allow_stale: AllowStaleOption = False,

@@ -3,7 +3,7 @@
 A block that no treatment fits fails, so none can be forgotten.  Commands run beside a process that
 publishes a tiny Llama (``tiny_llama``); what they print is compared with what the page shows.
 
-Longer than 500 lines: one treatment for each kind of block.
+Longer than 500 lines because each kind of block has a treatment of its own.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The documents are made up (`made_up_documents`), in the shape of ``docs/format.md``; the
 browser is Debian's Chromium, and these tests are skipped where there is none.
+
+Longer than 500 lines because one browser and its fixtures serve all that it shows.
 """
 
 from __future__ import annotations

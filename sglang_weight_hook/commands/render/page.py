@@ -6,6 +6,8 @@ anywhere, and the page's own policy forbids it; the standard library is all that
 
 Documents come from files, so nothing in them is trusted to be there or to be harmless: an
 absent field is shown as unknown, and every text travels as JSON data, never as markup.
+
+Longer than 500 lines because what is packed here is unpacked in one place, too.
 """
 
 from __future__ import annotations
