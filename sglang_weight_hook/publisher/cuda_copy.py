@@ -3,6 +3,9 @@
 For memory that the driver exports to no other process.  A copy waits for none of SGLang's streams
 and none of them for it: the stream is a non-blocking one, and it alone is waited for, without the
 interpreter's lock.  Nothing is allocated on the device; one small pinned buffer stays.
+
+To make the buffer and the stream may take the driver as long as the device has work, so that is
+done apart (`prepare`), where no event waits for it.
 """
 
 from __future__ import annotations
@@ -20,11 +23,19 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _PORTABLE = 1  # CU_MEMHOSTALLOC_PORTABLE: pinned in every context
 
 
+def prepare() -> None:
+    """Make what copies in the current context take, where it is not there yet.  Raises OSError.
+
+    Inside of `cuda_driver.outside_captures`, by the one thread that copies.
+    """
+    _copier().prepare()
+
+
 def copied(runs: Sequence[tuple[int, int]]) -> bytes:
     """The bytes of runs in the current context's device memory.  Raises OSError.
 
-    Inside of `cuda_driver.outside_captures`.  At most `layout.sharing.COPY_BYTES` of them, by one
-    thread at a time.
+    Inside of `cuda_driver.outside_captures`, after `prepare` in the same context.  At most
+    `layout.sharing.COPY_BYTES` of them, by one thread at a time.
     """
     size = sum(length for _, length in runs)
     if not size:
@@ -35,7 +46,9 @@ def copied(runs: Sequence[tuple[int, int]]) -> bytes:
         # An address without memory would fail every later call in the server's context.
         if length and not cuda_driver.is_device_memory(address, length):
             raise OSError(errno.EFAULT, f"the CUDA driver knows no memory at {address:#x}")
-    return _copier().copied(runs)
+    if _made is None or _made.pid != os.getpid():
+        raise OSError(errno.EINVAL, "no copy was prepared in this process")
+    return _made.copied(runs)
 
 
 class _Copier:
@@ -55,7 +68,9 @@ class _Copier:
         self._streams: dict[int, ctypes.c_void_p] = {}
 
     def copied(self, runs: Sequence[tuple[int, int]]) -> bytes:
-        stream = self._stream()
+        stream = self._streams.get(self._context())
+        if stream is None:
+            raise OSError(errno.EINVAL, "no copy was prepared in this CUDA context")
         start = 0
         try:
             for address, length in runs:
@@ -75,17 +90,19 @@ class _Copier:
         self._call("cuStreamSynchronize", stream)
         return ctypes.string_at(self._buffer, start)
 
-    def _stream(self) -> ctypes.c_void_p:
+    def prepare(self) -> None:
+        context = self._context()
+        if context not in self._streams:
+            stream = ctypes.c_void_p()
+            self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+            self._streams[context] = stream
+
+    def _context(self) -> int:
         context = ctypes.c_void_p()
         self._call("cuCtxGetCurrent", ctypes.byref(context))
         if context.value is None:
             raise OSError(errno.EINVAL, "no CUDA context is known yet")
-        stream = self._streams.get(context.value)
-        if stream is None:
-            stream = ctypes.c_void_p()
-            self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
-            self._streams[context.value] = stream
-        return stream
+        return context.value
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)

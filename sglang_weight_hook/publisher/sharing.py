@@ -27,8 +27,6 @@ OPERATIONS = ("copy", "share")
 
 Run = tuple[int, int]  # address, bytes
 
-_STILL_WRITTEN = "the device is still writing the weights that an update has given it"
-
 _LONGEST_WAIT = 5.0  # seconds; a copy takes milliseconds
 # Held by a copy under way.  Never held while anything else is waited for.
 _copying = threading.Lock()
@@ -78,8 +76,9 @@ def _share(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
         with cuda_driver.using_context(tracked.cuda_context), cuda_driver.outside_captures():
             uuid = cuda_driver.current_device_uuid()
             try:
-                if not cuda_order.is_done():
-                    return refused("busy", _STILL_WRITTEN)
+                unwritten = cuda_order.why_not_done()
+                if unwritten is not None:
+                    return refused("busy", unwritten)
                 allocations, descriptors, end = cuda_export.handed_over(address, size)
             except OSError as error:
                 return refused("failed", f"the memory cannot be shared: {error.strerror}")
@@ -96,6 +95,15 @@ def _copy(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
         return refused("malformed", f"runs is a list of at most {COPY_RUNS} [address, bytes]")
     if sum(length for _, length in runs) > COPY_BYTES:
         return refused("malformed", f"at most {COPY_BYTES} bytes are copied at a time")
+    # Read once: what is prepared in one context does not copy in another.
+    context = tracked.cuda_context
+    if any(length for _, length in runs) and tracked.is_whole and _is_on_cuda(tracked):
+        # The driver may wait for the device in this, and no event may wait for that.
+        try:
+            with cuda_driver.using_context(context), cuda_driver.outside_captures():
+                cuda_copy.prepare()
+        except OSError as error:
+            return refused("failed", f"the weights cannot be copied: {error.strerror}")
     with _copying:
         # An event that began before this look waits in `wait_for_copies`, or the look sees it.
         if not tracked.is_whole:
@@ -104,11 +112,17 @@ def _copy(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
         if not all(spans.hold(*run) for run in runs):
             return refused("changed", "an address is outside of the published regions")
         try:
-            payload = _copied(tracked, runs)
+            if not _is_on_cuda(tracked):
+                payload = copied_here(runs)
+            else:
+                # The background thread has no context of its own.
+                with cuda_driver.using_context(context), cuda_driver.outside_captures():
+                    unwritten = cuda_order.why_not_done()
+                    if unwritten is not None:
+                        return refused("busy", unwritten)
+                    payload = cuda_copy.copied(runs)
         except OSError as error:
             return refused("failed", f"the weights cannot be copied: {error.strerror}")
-    if payload is None:
-        return refused("busy", _STILL_WRITTEN)
     return Answered({"ok": True, "bytes": len(payload)}, payload)
 
 
@@ -165,15 +179,6 @@ def _spans_of(tracked: Tracked) -> _Spans:
 
 def _is_on_cuda(tracked: Tracked) -> bool:
     return tracked.captured is not None and tracked.captured.device_type == "cuda"
-
-
-def _copied(tracked: Tracked, runs: Sequence[Run]) -> Optional[bytes]:
-    """The bytes of runs; None while the device is still writing some.  Raises OSError."""
-    if not _is_on_cuda(tracked):
-        return copied_here(runs)
-    # The background thread has no context of its own.
-    with cuda_driver.using_context(tracked.cuda_context), cuda_driver.outside_captures():
-        return cuda_copy.copied(runs) if cuda_order.is_done() else None
 
 
 def copied_here(runs: Sequence[Run]) -> bytes:
