@@ -67,7 +67,8 @@ class CudaMemory:
                 f"the document of slot {document.slot.name} does not say which GPU the weights are "
                 f"on; have the server copy them with open_memory(via='owner')"
             )
-        if not any(region.export not in _NOT_OPENED for region in document.iter_regions()):
+        exports = {region.export for region in document.iter_regions()}
+        if exports and exports <= _NOT_OPENED:
             raise NotReadable(
                 f"no memory of slot {document.slot.name} can be opened by another process; have "
                 f"the server copy it with open_memory(via='owner')"

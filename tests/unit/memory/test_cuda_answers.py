@@ -330,3 +330,70 @@ print(len(said))
     kinds = gpu.read(code)
     assert liar[1].answers >= 400
     assert int(kinds) > 4  # or the lies were all of one kind
+
+
+def test_an_owner_that_is_busy_is_asked_again_ever_less_often_and_not_for_long(gpu: Gpu) -> None:
+    gpu.owner()
+    code = """
+from sglang_weight_hook.memory import cuda_share
+from sglang_weight_hook.reader.conversation import Conversation
+asked = []
+def busy(self, request):
+    asked.append(time.monotonic())
+    return {"ok": False, "error": "busy", "message": "it is at work"}
+Conversation.ask = busy
+started = time.monotonic()
+with refused(Changed, "it is at work.*after 2 s"):
+    slot.read().open_memory(via="cuda").read("ipc.plain")
+assert 1 < time.monotonic() - started < 6
+assert 10 < len(asked) < 60, len(asked)  # 2 s in pauses of 2 ms would be a thousand
+assert asked[-1] - asked[-2] > 0.045
+assert open_here() == NOTHING
+"""
+    gpu.read(code)
+
+
+@pytest.mark.parametrize("kind", ["NoSocket", "NoAnswer", "ControlError"])
+@pytest.mark.parametrize("when", ["ask", "_connect"])
+def test_an_owner_that_could_not_be_asked_says_nothing_of_its_memory(
+    gpu: Gpu, kind: str, when: str
+) -> None:
+    """It is not readable for now, and neither changed nor out of reach."""
+    gpu.owner()
+    code = f"""
+from sglang_weight_hook.reader import errors
+from sglang_weight_hook.reader.conversation import Conversation
+ours = descriptors()
+document = slot.read()
+real = Conversation.{when}
+def fails(self, *arguments):
+    raise errors.{kind}("nobody is there; ask again")
+for way in None, "cuda":
+    Conversation.{when} = fails
+    with refused(errors.{kind}, "^nobody is there; ask again$"):
+        document.open_memory(via=way).read("ipc.plain")
+    Conversation.{when} = real
+with document.open_memory(via="cuda") as memory:
+    Conversation.{when} = fails
+    with refused(errors.{kind}, "^nobody is there; ask again$"):
+        memory.read("ipc.plain")
+    Conversation.{when} = real
+    memory.read("ipc.plain")  # it was not remembered as a refusal
+assert open_here() == NOTHING
+assert descriptors() == ours
+"""
+    gpu.read(code)
+
+
+def test_a_socket_of_another_users_is_no_way(gpu: Gpu) -> None:
+    gpu.owner()
+    code = """
+from sglang_weight_hook.reader import NotAllowed
+from sglang_weight_hook.reader.conversation import Conversation
+def refuses(self, request):
+    raise NotAllowed("it is another user's")
+Conversation.ask = refuses
+with refused(NotReadable, "^it is another user's$"):
+    slot.read().open_memory(via="cuda").read("ipc.plain")
+"""
+    gpu.read(code)

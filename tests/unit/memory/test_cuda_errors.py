@@ -95,9 +95,15 @@ def test_an_update_waits_for_no_reader_that_has_memory_open(gpu: Gpu) -> None:
     reader.ends()
 
 
-@pytest.mark.parametrize("way", ["cuda", "owner"])
+@pytest.mark.parametrize(
+    ("way", "kind", "says"),
+    [
+        ("cuda", "Changed", "is not as the document says"),
+        ("owner", "Busy", "has no time for a copy"),
+    ],
+)
 def test_what_an_update_has_queued_is_waited_for_before_memory_is_handed_out(
-    gpu: Gpu, way: str
+    gpu: Gpu, way: str, kind: str, says: str
 ) -> None:
     """SGLang's call returns, and the map is published, before the device has written the values."""
     owner = gpu.owner()
@@ -105,10 +111,11 @@ def test_what_an_update_has_queued_is_waited_for_before_memory_is_handed_out(
     assert owner.read().state["state"] == "ready"
     code = f"""
 from sglang_weight_hook.memory import cuda_share, owner
-cuda_share._TIMEOUT = owner._TIMEOUT = 0.3
-with refused(Changed, "is not as the document says .the device is still writing"):
+from sglang_weight_hook.reader import Busy
+cuda_share._PATIENCE = owner._TIMEOUT = 0.3
+with refused({kind}, "{says} .the device is still writing"):
     slot.read().open_memory(via="{way}").read("ipc.plain")
-cuda_share._TIMEOUT = owner._TIMEOUT = 10
+cuda_share._PATIENCE = owner._TIMEOUT = 10
 pause("again")
 with slot.read().open_memory(via="{way}") as memory:
     memory.read("ipc.plain")

@@ -236,3 +236,50 @@ with refused(NotReadable, "start the server with SGLANG_WEIGHT_HOOK_SHARE=1"):
 assert open_here() == NOTHING
 """
     gpu.read(code)
+
+
+def test_no_context_is_made_until_memory_is_opened(gpu: Gpu) -> None:
+    """It takes some hundred megabytes of a GPU that a server has filled."""
+    code = """
+from sglang_weight_hook.commands import memory_access
+def contexts():
+    return driver.fake_cuda_calls(b"cuDevicePrimaryCtxRetain")
+level, said = next(memory_access.found_in(os.environ["SGLANG_WEIGHT_HOOK_DIR"]))
+assert (level, "read by cuda and by owner" in said) == ("good", True), said
+with slot.read().open_memory() as memory:
+    check(memory, [name for name in expected if name.startswith("saver")])
+    check(memory, ["ipc.empty", "fd.empty"])
+    assert memory.via("saver.plain") == "owner"
+    assert memory.via("ipc.empty") == "cuda"
+assert contexts() == 0
+with slot.read().open_memory() as memory:
+    check(memory, ["ipc.plain", "fd.plain"])
+assert contexts() == 1
+assert open_here() == NOTHING, open_here()
+# Nor where there is nothing that could be opened, of which the server needs not be asked.
+document = slot.read()
+for region in document.regions:
+    region["export"] = "none"
+with document.open_memory() as memory:
+    check(memory, ["ipc.plain", "fd.plain", "ipc.empty"])
+    assert memory.via("ipc.plain") == "owner"
+with document.open_memory(via="cuda") as memory:
+    with refused(NotReadable, "no memory of slot 0 can be opened by another process"):
+        memory.read("ipc.plain")
+assert contexts() == 1
+assert open_here() == NOTHING, open_here()
+"""
+    told_all(gpu, gpu.owner(), code)
+
+
+def test_doctor_makes_no_context_on_a_gpu_that_it_does_not_see(gpu: Gpu) -> None:
+    gpu.owner()
+    code = """
+from sglang_weight_hook.commands import memory_access
+ours = descriptors()
+said = [said for _, said in memory_access.found_in(os.environ["SGLANG_WEIGHT_HOOK_DIR"])]
+assert said == ["slot 0: its cuda memory can be read by owner"], said
+assert driver.fake_cuda_calls(b"cuDevicePrimaryCtxRetain") == 0
+assert descriptors() == ours
+"""
+    gpu.read(code, FAKE_CUDA_UUIDS="f" * 32)
