@@ -17,6 +17,7 @@ from .render.output import TABLE, WIDE, Form, print_answer
 from .render.table import Column
 from .render.text import complain, console, print_json, printable, remark, size_text
 from .selection import heading, stale_status, why_stale
+from .slot_choice import some_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,12 +61,12 @@ def report(
     for slot in slots:
         if slot.document is not None:
             status = max(status, stale_status(slot.document, allow_stale))
-            continue
-        complain(f"slot {slot.name} in {slot.directory} is left out: {slot.why_not}")
-        if slot.is_unreadable:
+        elif slot.is_unreadable:
+            complain(f"slot {slot.name} in {slot.directory} is left out: {slot.why_not}")
             unreadable += 1
         elif not allow_stale:
             status = ACT
+    _tell_exited([slot for slot in slots if slot.document is None and not slot.is_unreadable])
     counted = [slot.document for slot in slots if slot.document is not None]
     if unreadable:
         # The sums of the others are true, and not of all that was asked for.
@@ -112,6 +113,24 @@ def _accounted(asked: list[Directory], count_stale: bool) -> tuple[list[_Account
     return slots, unreadable
 
 
+def _tell_exited(slots: list[_Accounted]) -> None:
+    """Those whose owner has exited, a line a directory, however many they are."""
+    by_directory: dict[str, list[str]] = {}
+    for slot in slots:
+        by_directory.setdefault(slot.directory, []).append(slot.name)
+    for place, names in by_directory.items():
+        if len(names) == 1:
+            which = (
+                f"slot {names[0]} in {place} is left out: its owner has exited (--gone counts it)"
+            )
+        else:
+            which = (
+                f"slots {some_of(names)} in {place} are left out: their owners have exited (--gone "
+                f"counts them)"
+            )
+        complain(which)
+
+
 class _Accounted:
     """A slot with its document, or with why it is left out; an unreadable one stops no other."""
 
@@ -129,7 +148,7 @@ class _Accounted:
                 totals.per_gpu([document])  # raises where the sums would
                 self.document = document
             else:
-                self.why_not = "its owner has exited (--gone counts it)"
+                self.why_not = "its owner has exited"
         except HookError as error:
             self.why_not, self.is_unreadable = str(error), True
 

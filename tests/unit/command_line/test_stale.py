@@ -120,3 +120,16 @@ def test_documents_that_contradict_themselves_are_not_compared(
 def test_the_library_says_it_too(maps: Path, dead: Path) -> None:
     document = open_slot(str(dead), "0").read()
     assert not document.owner_alive()
+
+
+def test_report_names_many_dead_slots_in_one_line(
+    run: Run, dead: Path, maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, 64):
+        for name in ("weight_layout_{}.json", "weight_state_{}.json", "weight_owner_{}.lock"):
+            shutil.copy(dead / name.format(0), dead / name.format(number))
+    ended = run("report")
+    assert ended.status == 3
+    (line,) = ended.err.splitlines()
+    assert "slots 0, 1, 2, 3, 4, 5 and 58 more" in line
+    assert "are left out: their owners have exited" in line
