@@ -15,7 +15,7 @@ from sglang_weight_hook.reader import Slot, open_slot
 
 # Updates once for each line on stdin, and says when it is done.
 OWNER = """
-import sys
+import sys, time
 import torch
 from fake_sglang import FakeRunner, load, settle, update
 
@@ -76,6 +76,7 @@ def fill():
     with torch.no_grad():
         for parameter in runner.model.parameters():
             parameter.add_(1)
+    time.sleep(0.5)  # as updates do that have something to load: who watches sees them begin
 print("ready", flush=True)
 for line in sys.stdin:
     update(runner, during=fill)
