@@ -10,7 +10,7 @@ from .app import ACT, command
 from .options import DirOption, JsonOption, MatchOption, SlotArgument, ViaOption
 from .render.table import Column, print_table
 from .render.text import complain, print_json, printable, remark, size_text
-from .selection import document_of, heading, is_like, standing
+from .selection import document_of, heading, is_wanted, standing
 
 
 @command(
@@ -36,7 +36,7 @@ def checksum(
         published.get("algorithm") == sums.ALGORITHM
         and published.get("content_generation") == document.content_generation
     )
-    chosen = [tensor for tensor in document.iter_tensors() if _is_chosen(tensor, match)]
+    chosen = [tensor for tensor in document.iter_tensors() if is_wanted(tensor, match)]
     left_out = [tensor.name for tensor in chosen if not tensor.resident or tensor.volatile]
     rows = _summed(document, [each for each in chosen if each.name not in left_out], via)
     wrong = [
@@ -69,10 +69,6 @@ def checksum(
         complain(f"{name} is not what the server has published a checksum of")
     remark(f"{len(rows)} tensors, {sums.ALGORITHM}; {standing(document)}")
     return status
-
-
-def _is_chosen(tensor: Tensor, match: Optional[str]) -> bool:
-    return match is None or any(is_like(name, match) for name in (tensor.name, *tensor.aliases))
 
 
 def _summed(document: Document, chosen: list[Tensor], via: Optional[str]) -> list[tuple[Any, str]]:

@@ -8,7 +8,7 @@ import os
 from typing import Any, Optional
 
 from ..layout.states import READY
-from ..reader import Directory, Document, HookError, Slot, open_directory, open_file
+from ..reader import Directory, Document, HookError, Slot, Tensor, open_directory, open_file
 from .app import ACT, Misused
 from .render.text import complain, printable
 from .slot_choice import some_of
@@ -56,6 +56,11 @@ def is_like(name: str, pattern: str) -> bool:
     (True, True)
     """
     return fnmatch.fnmatchcase(name, pattern) if glob.has_magic(pattern) else pattern in name
+
+
+def is_wanted(tensor: Tensor, pattern: Optional[str]) -> bool:
+    """Whether one of the tensor's names is like ``pattern``; None: every tensor is."""
+    return pattern is None or any(is_like(name, pattern) for name in (tensor.name, *tensor.aliases))
 
 
 def inside(value: Any, *path: str) -> Any:

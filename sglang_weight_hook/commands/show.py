@@ -22,7 +22,7 @@ from .output import asked_form
 from .render.output import Form, print_answer
 from .render.table import Column
 from .render.text import address_text, print_json, remark, size_text
-from .selection import document_of, heading, is_like, stale_status, standing
+from .selection import document_of, heading, is_wanted, stale_status, standing
 
 _ORDERS: dict[Optional[str], Callable[[Tensor], Any]] = {
     "name": lambda tensor: tensor.name,
@@ -94,7 +94,7 @@ def show(
     chosen = [
         tensor
         for tensor in every
-        if (match is None or any(is_like(name, match) for name in (tensor.name, *tensor.aliases)))
+        if is_wanted(tensor, match)
         and (role is None or tensor.role == role)
         and (layer is None or tensor.layer == layer)
     ]
