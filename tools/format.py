@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from sglang_weight_hook.layout import layout_document, state_document
+from sglang_weight_hook.layout import layout_document, state_document, transport_document
 from sglang_weight_hook.layout.documents import SCHEMA_VERSION
 from sglang_weight_hook.layout.field import Field
 
@@ -28,8 +28,13 @@ PAGE = Path("docs/format.md")
 DOCUMENTS: Mapping[str, Any] = {
     "weight_layout": layout_document.LayoutDocument,
     "weight_state": state_document.StateDocument,
+    "weight_transport": transport_document.TransportDocument,
 }
-CONDITIONS = {**state_document.CONDITIONS, **layout_document.CONDITIONS}
+CONDITIONS = {
+    **state_document.CONDITIONS,
+    **layout_document.CONDITIONS,
+    **transport_document.CONDITIONS,
+}
 
 _SCALARS: Mapping[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 # In the tables, by JSON Schema's name: one of them, several of them.

@@ -15,6 +15,7 @@ WEIGHTS_META, TOTAL_META, SUMMARY, MERGED, LAYOUT, STATE = DOCUMENTS
 SAVING_LOCK = "weight_saving_{}.lock"
 OWNER_LOCK = "weight_owner_{}.lock"
 HEADER = "weight_header_{}.bin"
+TRANSPORT = "weight_transport_{}.json"  # only where a transfer engine runs in the server
 EVENTS = "weight_events_{}.jsonl"  # appended; survives its owner
 EVENTS_BEFORE = "weight_events_{}.1.jsonl"  # what was there when the file above grew too long
 # Of a process, not of a slot: ``{}`` is its pid.

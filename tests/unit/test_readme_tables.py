@@ -96,7 +96,7 @@ def test_every_file_is_listed() -> None:
         for name, value in vars(files).items()
         if name.isupper() and isinstance(value, str)
     }
-    assert len(names) == 12
+    assert len(names) == 13
     before = files.EVENTS_BEFORE.format("{slot}")
     listed = [
         name
