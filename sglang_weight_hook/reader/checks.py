@@ -88,8 +88,8 @@ def regions(tensors: list[Tensor], regions: list[Region]) -> Iterator[Remark]:
         if other.ptr < one.end:
             yield ERROR, "regions", f"the regions at {one.ptr:#x} and {other.ptr:#x} overlap"
     resident = [tensor for tensor in tensors if tensor.resident and tensor.ptr]
-    wanted = _union((tensor.ptr, tensor.end) for tensor in resident)
-    covered = _union((region.ptr, region.end) for region in regions)
+    wanted = union((tensor.ptr, tensor.end) for tensor in resident)
+    covered = union((region.ptr, region.end) for region in regions)
     if wanted != covered:
         both = sorted(set(wanted) ^ set(covered))
         yield (
@@ -99,7 +99,7 @@ def regions(tensors: list[Tensor], regions: list[Region]) -> Iterator[Remark]:
         )
 
 
-def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans merged where they touch or overlap."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
@@ -115,20 +115,24 @@ def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 # --- sums ---------------------------------------------------------------------------------
 
 
-def totals(document: Document, tensors: list[Tensor], cache: list[CacheBuffer]) -> Iterator[Remark]:
+# Of a tensor: device, size, resident, storage_ptr, storage_size, kind.
+Accounted = tuple[str, int, bool, int, int, str]
+
+
+def totals(
+    document: Document, tensors: Iterable[Accounted], cache: list[CacheBuffer]
+) -> Iterator[Remark]:
     devices: dict[str, dict[str, int]] = {}
     storages: dict[str, dict[int, int]] = {}
     weights: dict[int, int] = {}
     lora: dict[int, int] = {}
-    for tensor in tensors:
-        sums = devices.setdefault(
-            tensor.device, {"tensors": 0, "tensor_bytes": 0, "storage_bytes": 0}
-        )
+    for device, size, resident, storage_ptr, storage_size, kind in tensors:
+        sums = devices.setdefault(device, {"tensors": 0, "tensor_bytes": 0, "storage_bytes": 0})
         sums["tensors"] += 1
-        sums["tensor_bytes"] += tensor.size
-        if tensor.resident and tensor.storage_ptr:
-            storages.setdefault(tensor.device, {})[tensor.storage_ptr] = tensor.storage_size
-            (lora if tensor.kind == "lora" else weights)[tensor.storage_ptr] = tensor.storage_size
+        sums["tensor_bytes"] += size
+        if resident and storage_ptr:
+            storages.setdefault(device, {})[storage_ptr] = storage_size
+            (lora if kind == "lora" else weights)[storage_ptr] = storage_size
     for device, found in storages.items():
         devices[device]["storage_bytes"] = sum(found.values())
     if document.raw.get("totals") != devices:

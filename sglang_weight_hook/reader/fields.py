@@ -6,9 +6,9 @@ from typing import Any, Optional
 
 from .errors import FOREIGN, HookError
 
-_ADDRESSES = 2**64
+ADDRESSES = 2**64
 # More dimensions than any tensor has.
-_DIMENSIONS = 128
+DIMENSIONS = 128
 
 
 class Fields:
@@ -26,7 +26,7 @@ class Fields:
     def number(self, name: str, default: Optional[int] = None) -> int:
         value = self._raw.get(name, default)
         # As nearly all are; the rest is for what only looks like a number.
-        if type(value) is int and 0 <= value < _ADDRESSES:
+        if type(value) is int and 0 <= value < ADDRESSES:
             return value
         if not is_size(value):
             raise self.improper(name)
@@ -40,10 +40,10 @@ class Fields:
 
     def numbers(self, name: str) -> tuple[int, ...]:
         value = self._raw.get(name)
-        if not isinstance(value, list) or len(value) > _DIMENSIONS:
+        if not isinstance(value, list) or len(value) > DIMENSIONS:
             raise self.improper(name)
         for item in value:
-            if not (type(item) is int and 0 <= item < _ADDRESSES) and not is_size(item):
+            if not (type(item) is int and 0 <= item < ADDRESSES) and not is_size(item):
                 raise self.improper(name)
         return tuple(value)
 
@@ -59,4 +59,4 @@ class Fields:
 
 def is_size(value: Any) -> bool:
     # Longer than 64 bits is no address; of some lies the product would fit into no memory.
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _ADDRESSES
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < ADDRESSES

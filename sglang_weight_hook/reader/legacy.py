@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 
 from ..layout import files
@@ -24,7 +25,8 @@ def legacy_files(document: Document, contents: Mapping[str, Any]) -> Iterator[Re
             return
     meta = contents[files.WEIGHTS_META]
     try:
-        yield from limited("files", _weights_meta(document, meta))
+        if not _is_the_same(document, meta):
+            yield from limited("files", _weights_meta(document, meta))
         sums: dict[str, int] = {}
         for entry in meta.values():
             sums[entry["device"]] = sums.get(entry["device"], 0) + entry["size"]
@@ -43,8 +45,25 @@ def legacy_files(document: Document, contents: Mapping[str, Any]) -> Iterator[Re
     except (AttributeError, KeyError, TypeError) as error:
         yield ERROR, "files", f"a file has not its format: {type(error).__name__}: {error}"
         return
-    if merged != [(r.ptr, r.size, r.device, r.tensors) for r in document.iter_regions()]:
+    regions = document.regions  # each was looked at before
+    if merged != [(r["ptr"], r["size"], r["device"], tuple(r.get("tensors", ()))) for r in regions]:
         yield ERROR, "files", "merged_weights_meta does not agree with the layout's regions"
+
+
+_FIELDS = ("ptr", "size", "device", "dtype", "shape")
+
+
+def _is_the_same(document: Document, meta: Mapping[str, Any]) -> bool:
+    """Whether `_weights_meta` has nothing to say, asked of all tensors at once."""
+    tensors, fields = document.tensors, itemgetter(*_FIELDS)
+    try:
+        return list(map(fields, meta.values())) == [fields(tensors[name]) for name in meta] and all(
+            name in meta
+            for name, tensor in tensors.items()
+            if tensor["kind"] == "parameter" and tensor["resident"]
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False  # for example a name that is an alias in the layout
 
 
 def _weights_meta(document: Document, meta: Mapping[str, Any]) -> Iterator[Remark]:
@@ -60,7 +79,7 @@ def _weights_meta(document: Document, meta: Mapping[str, Any]) -> Iterator[Remar
         if found is None:
             yield ERROR, "files", f"weights_meta has {name}, which is no tensor of the layout"
             continue
-        for field in ("ptr", "size", "device", "dtype", "shape"):
+        for field in _FIELDS:
             if entry[field] != found.raw.get(field):
                 yield (
                     ERROR,

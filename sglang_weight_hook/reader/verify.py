@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Optional
 
 from ..layout import files
-from . import checks
+from . import checks, columns
 from .document import Document
 from .errors import HookError
 from .files import read_value
@@ -82,17 +83,25 @@ def verify_document(document: Document) -> list[Remark]:
     if _has_errors(remarks):
         return remarks  # what follows relies on every field being what it should be
     try:
-        tensors = list(document.iter_tensors())
-        regions = list(document.iter_regions())
         cache = list(document.iter_kv_cache())
+        accounted: Iterable[checks.Accounted]
+        if columns.are_sound(document.tensors, document.regions, cache):
+            accounted = map(itemgetter(*_ACCOUNTED), document.tensors.values())
+        else:
+            tensors = list(document.iter_tensors())
+            regions = list(document.iter_regions())
+            remarks += limited("tensors", checks.tensors(tensors))
+            remarks += limited("overlaps", checks.overlaps(tensors, cache))
+            remarks += limited("regions", checks.regions(tensors, regions))
+            accounted = map(attrgetter(*_ACCOUNTED), tensors)
     except HookError as error:
         return [*remarks, (ERROR, "schema", str(error))]
-    remarks += limited("tensors", checks.tensors(tensors))
-    remarks += limited("overlaps", checks.overlaps(tensors, cache))
-    remarks += limited("regions", checks.regions(tensors, regions))
-    remarks += checks.totals(document, tensors, cache)
+    remarks += checks.totals(document, accounted, cache)
     remarks += checks.completeness(document)
     return remarks
+
+
+_ACCOUNTED = ("device", "size", "resident", "storage_ptr", "storage_size", "kind")
 
 
 def _has_errors(remarks: list[Remark]) -> bool:
