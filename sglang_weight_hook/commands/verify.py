@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from typing import Annotated, Optional
+from typing import Annotated, NamedTuple, Optional
 
 import typer
 
-from ..reader import Document, Slot, open_directory, open_file, verify
+from ..reader import Slot, open_directory, open_file, verify
+from ..reader.findings import Finding
 from .app import ACT, Misused, command
 from .options import DirOption, JsonOption
 from .render.text import print_item, print_json, printable
@@ -52,70 +54,76 @@ def verify_(
     if slot is not None and is_path(slot):
         if live:
             raise Misused("--live asks the owner of a slot, a saved file has none; name a slot")
-        verdicts = [verify.verify_file(open_file(slot))]
+        answers = [_answer(verify.verify_file(open_file(slot)))]
     elif slot is not None:
-        verdicts = [verify.verify_slot(open_directory(directory).slot(slot), live=live)]
+        answers = [_verify(live, open_directory(directory).slot(slot))]
     else:
         found = open_directory(directory)
-        verdicts = _verified(slots_in(found), live)
-    findings = [finding for verdict in verdicts for finding in verdict.findings]
-    good = not findings if strict else all(verdict.good for verdict in verdicts)
+        answers = _verified(slots_in(found), live)
+    findings = [finding for answer in answers for finding in answer.findings]
+    good = not findings if strict else all(answer.good for answer in answers)
     if as_json:
         print_json(
             {
                 "good": good,
                 "slots": [
                     {
-                        "slot": verdict.slot,
-                        "good": verdict.good,
-                        "findings": [finding._asdict() for finding in verdict.findings],
+                        "slot": answer.slot,
+                        "good": answer.good,
+                        "findings": [finding._asdict() for finding in answer.findings],
                     }
-                    for verdict in verdicts
+                    for answer in answers
                 ],
             }
         )
         return 0 if good else ACT
-    for verdict in verdicts:
-        _print_verdict(verdict)
+    for answer in answers:
+        _print_answer(answer)
     return 0 if good else ACT
 
 
-def _verified(slots: list[Slot], live: bool) -> list[verify.Verdict]:
+class _Answer(NamedTuple):
+    """What is printed about a slot: little enough to be handed from one process to another."""
+
+    slot: str
+    good: bool
+    findings: list[Finding]
+    sum: Optional[str]  # None where no document could be read
+
+
+def _answer(verdict: verify.Verdict) -> _Answer:
+    told = None
+    if verdict.document is not None:
+        counts = f"{len(verdict.document.tensors)} tensors"
+        counts += f" in {len(verdict.document.regions)} regions"
+        told = f"{counts}; {standing(verdict.document)}"
+    return _Answer(verdict.slot, verdict.good, verdict.findings, told)
+
+
+def _verified(slots: list[Slot], live: bool) -> list[_Answer]:
     """All of them; many of them on several cores, for each takes a moment."""
     cores = min(os.cpu_count() or 1, len(slots) // _SLOTS_A_CORE)
-    work = functools.partial(verify.verify_slot, live=live)
+    work = functools.partial(_verify, live)
     if cores < 2:
         return list(map(work, slots))
     # Forked, so that nothing is imported again; this process has one thread.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(cores, mp_context=context) as pool:
-        return list(pool.map(functools.partial(_slim, live), slots))
+    # Documents are trees, which need no garbage collector; it would go through each several times.
+    with ProcessPoolExecutor(cores, mp_context=context, initializer=gc.disable) as pool:
+        return list(pool.map(work, slots))
 
 
-def _slim(live: bool, slot: Slot) -> verify.Verdict:
-    """A verdict that is soon handed from one process to another: of its tensors only the names."""
-    verdict = verify.verify_slot(slot, live=live)
-    if verdict.document is not None:
-        raw = verdict.document.raw
-        slim = {**raw, "tensors": dict.fromkeys(raw["tensors"]), "memory": {}}
-        document = Document(slot, slim, verdict.document.state, verdict.document.is_live)
-        verdict = verdict._replace(document=document)
-    return verdict
+def _verify(live: bool, slot: Slot) -> _Answer:
+    return _answer(verify.verify_slot(slot, live=live))
 
 
-def _print_verdict(verdict: verify.Verdict) -> None:
-    for finding in verdict.findings:
+def _print_answer(answer: _Answer) -> None:
+    for finding in answer.findings:
         style = "bold red" if finding.level == verify.ERROR else "yellow"
         print_item(
             (f"{finding.level:7}  ", style),
-            f"{printable(verdict.slot)}  ",
+            f"{printable(answer.slot)}  ",
             f"{finding.check}: {printable(finding.message)}",
         )
-    if not verdict.findings and verdict.document:
-        counts = f"{len(verdict.document.tensors)} tensors"
-        counts += f" in {len(verdict.document.regions)} regions"
-        print_item(
-            ("ok       ", "green"),
-            f"{printable(verdict.slot)}  ",
-            f"{counts}; {standing(verdict.document)}",
-        )
+    if not answer.findings and answer.sum is not None:
+        print_item(("ok       ", "green"), f"{printable(answer.slot)}  ", answer.sum)
