@@ -9,6 +9,7 @@ import sys
 COMMANDS = (
     *("slots", "top", "show", "report", "regions", "lookup", "diff", "watch", "history"),
     *("verify", "doctor", "plot", "save", "compare", "checksum", "scrub"),
+    *("serve",),
 )
 _FILES = {"slots": "slots_command"}
 

@@ -192,6 +192,12 @@ def _documents(directory: Optional[str], slot: Optional[str]) -> list[Document]:
     return documents
 
 
+def answer_at(document: Document, place: int) -> Optional[dict[str, Any]]:
+    """What the document has at an address, as `lookup --json` prints it; None: nothing."""
+    found = _found(document, place)
+    return _as_json(found) if found.is_any else None
+
+
 def _found(document: Document, place: int) -> _Found:
     buffers = [buffer for buffer in document.iter_kv_cache() if buffer.ptr <= place < buffer.end]
     return _Found(document, place, document.lookup(place), document.region_at(place), buffers)

@@ -1,0 +1,234 @@
+"""``sglang-weight-hook serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ..reader import Directory, Document, HookError
+from ..reader.files import read_bytes
+from .app import Misused, command
+from .directories import directories_of
+from .options import DirsOption
+from .render.text import complain
+
+if TYPE_CHECKING:
+    from ..fleet.application import Presentation
+    from ..fleet.server import Settings
+
+PORT = 7411
+_SHORTEST_TOKEN = 16
+
+_Host = Annotated[
+    str,
+    typer.Option(
+        "--host",
+        metavar="HOST",
+        help="Address to listen on; beyond this machine only with --token-file.",
+    ),
+]
+_Port = Annotated[
+    int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0 takes a free one.")
+]
+_TokenFile = Annotated[
+    Optional[str],
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help=f"Ask every client for the bearer token in FILE, of {_SHORTEST_TOKEN} characters or "
+        "more.",
+    ),
+]
+_WithoutToken = Annotated[
+    bool,
+    typer.Option(
+        "--without-token",
+        help="Listen beyond this machine without a token: everybody who can connect is answered.",
+    ),
+]
+_Name = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="A further host name under which clients may ask an agent without a token; "
+        "repeatable.",
+    ),
+]
+_Certificate = Annotated[
+    Optional[str],
+    typer.Option("--ssl-certfile", metavar="FILE", help="Speak TLS, with this certificate (PEM)."),
+]
+_Key = Annotated[
+    Optional[str],
+    typer.Option("--ssl-keyfile", metavar="FILE", help="Key of the certificate (PEM)."),
+]
+_KeyPassword = Annotated[
+    Optional[str],
+    typer.Option(
+        "--ssl-keyfile-password-file", metavar="FILE", help="File with the password of the key."
+    ),
+]
+_Clients = Annotated[
+    Optional[str],
+    typer.Option(
+        "--ssl-ca-certs",
+        metavar="FILE",
+        help="Answer only clients with a certificate of one of these authorities (PEM).",
+    ),
+]
+_MaxConnections = Annotated[
+    int, typer.Option("--max-connections", metavar="N", min=1, help="Most connections at once.")
+]
+_MaxStreams = Annotated[
+    int, typer.Option("--max-streams", metavar="N", min=1, help="Most event streams at once.")
+]
+
+
+@command(
+    "serve",
+    "sglang-weight-hook serve\n"
+    "sglang-weight-hook serve --dir '/maps/*' --host 0.0.0.0 --token-file /run/agent/token",
+)
+def serve(
+    directories: DirsOption = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = PORT,
+    token_file: _TokenFile = None,
+    without_token: _WithoutToken = False,
+    names: _Name = None,
+    certificate: _Certificate = None,
+    key: _Key = None,
+    key_password_file: _KeyPassword = None,
+    clients: _Clients = None,
+    max_connections: _MaxConnections = 256,
+    max_streams: _MaxStreams = 128,
+) -> int:
+    """Answer over HTTP what the slots of this machine publish.
+
+    Read-only, without any rights but those of a reader.  /openapi.json describes all paths.
+    Ends on SIGTERM and SIGINT with status 0.
+    Needs Starlette and uvicorn (pip install starlette uvicorn).
+    """
+    try:
+        from ..fleet import server
+        from ..fleet.limits import Limits
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "h11", "anyio"):
+            raise
+        raise Misused("serve needs Starlette and uvicorn: pip install starlette uvicorn") from None
+    if certificate is None and (key or key_password_file or clients):
+        raise Misused("--ssl-keyfile and the like need --ssl-certfile")
+    token = _token(token_file)
+    if token is None and not without_token and not _is_loopback(host):
+        raise Misused(
+            f"{host} is reached from other machines: give --token-file, or --without-token to "
+            f"answer everybody"
+        )
+    tls = None
+    if certificate is not None:
+        password = None if key_password_file is None else _secret(key_password_file)
+        tls = server.Tls(certificate, key, password, clients)
+    settings = server.Settings(
+        directories=_readable(directories_of(directories)),
+        host=host,
+        port=port,
+        token=token,
+        tls=tls,
+        limits=Limits(connections=max_connections, streams=max_streams),
+        hosts=names or (),
+    )
+    made = server.listen(host, port)
+    _log_to_stderr()
+    server.run(settings, made, _presentation(), None, lambda: _say(settings, made))
+    return 0
+
+
+def _say(settings: Settings, made: socket.socket) -> None:
+    sys.stdout.write(f"serving {url_of(settings, made)}\n")
+    sys.stdout.flush()
+    if settings.token is not None and settings.tls is None and not _is_loopback(settings.host):
+        complain("the token travels unencrypted: give --ssl-certfile, or put a TLS proxy in front")
+
+
+def url_of(settings: Settings, made: socket.socket) -> str:
+    """Where the agent is, as far as the agent can tell."""
+    host, port = made.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{'https' if settings.tls else 'http'}://{host}:{port}"
+
+
+def _readable(directories: list[Directory]) -> list[Directory]:
+    """All of them, if each can be read or is not there yet.  Raises HookError."""
+    for directory in directories:
+        if not os.path.lexists(directory.path):
+            complain(f"{directory.path} does not exist yet: its slots are shown once it does")
+        elif not os.path.isdir(directory.path):
+            raise HookError(f"{directory.path} is no directory; give a server's output directory")
+        elif not os.access(directory.path, os.R_OK | os.X_OK):
+            raise HookError(
+                f"{directory.path} cannot be read by user {os.getuid()}; run the agent as a user "
+                f"who may read it, or widen the directory's mode"
+            )
+    return directories
+
+
+def _token(path: Optional[str]) -> Optional[str]:
+    if path is None:
+        return None
+    token = _secret(path)
+    if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
+        raise HookError(
+            f"{path} holds no token of {_SHORTEST_TOKEN} printable ASCII characters or more; make "
+            f"one with: openssl rand -hex 32"
+        )
+    return token
+
+
+def _secret(path: str) -> str:
+    """The first line of a file.  Raises HookError."""
+    data = read_bytes(path, limit=64 * 1024)
+    if data is None:
+        raise HookError(f"{path} does not exist; give a file with the secret on its first line")
+    return data.decode("utf-8", "replace").partition("\n")[0].strip()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="sglang-weight-hook: %(message)s"
+    )
+
+
+def _presentation() -> Presentation:
+    """What the commands show, as the agent answers it."""
+    from ..fleet.application import Presentation
+    from .lookup import answer_at
+    from .render import page
+    from .selection import heading, is_alive
+
+    def drawn(documents: Any) -> str:
+        return page.page(
+            [document.raw for document in documents],
+            alive=[is_alive(document) for document in documents],
+        )
+
+    def regions(document: Document) -> dict[str, Any]:
+        return {**heading(document), "regions": document.regions}
+
+    return Presentation(drawn, regions, answer_at)

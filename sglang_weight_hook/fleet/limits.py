@@ -1,0 +1,142 @@
+"""What the agent bears from its clients: slow ones, greedy ones, and too many of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from typing import Any, NamedTuple, Optional
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_HEADER = 16 * 1024  # bytes of a request's line and headers
+MAX_WAITING = 16  # requests that wait for a layout to be read as a whole
+REQUEST_SECONDS = 10.0  # a request has come as a whole
+STALLED_SECONDS = 30.0  # a client has taken nothing of what it asked for
+KEEP_ALIVE_SECONDS = 30
+END_SECONDS = 5  # for what is under way when the agent is ended
+
+
+class Limits(NamedTuple):
+    connections: int = 256
+    connections_each: int = 128  # of one client's address
+    streams: int = 128  # of events
+    streams_each: int = 64
+
+
+class Streams:
+    """How many event streams there are, and whose."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.open: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self.open.total()
+
+    def take(self, client: str) -> Optional[str]:
+        """Count one more; else why not."""
+        if len(self) >= self._limits.streams:
+            return f"there are {len(self)} event streams; close some, or poll /slots"
+        if self.open[client] >= self._limits.streams_each:
+            return (
+                f"your address has {self.open[client]} event streams; close some: one tells of "
+                f"every slot"
+            )
+        self.open[client] += 1
+        return None
+
+    def give(self, client: str) -> None:
+        self.open[client] -= 1
+        if self.open[client] <= 0:
+            del self.open[client]
+
+
+class LimitedProtocol(H11Protocol):
+    """uvicorn's, with a time for a request to come and for an answer to be taken.
+
+    uvicorn itself waits for ever for the rest of a request, and for a client that reads no more.
+    """
+
+    limits = Limits()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: Optional[asyncio.TimerHandle] = None
+        self._stalled: Optional[asyncio.TimerHandle] = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        mine = self.client[0] if self.client else ""
+        each = sum(
+            1 for one in self.connections if (getattr(one, "client", None) or ("",))[0] == mine
+        )
+        if len(self.connections) > self.limits.connections or each > self.limits.connections_each:
+            self._refuse(503, "there are too many connections; try again later")
+            return
+        self._expect_request()
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        for timer in (self._deadline, self._stalled):
+            if timer is not None:
+                timer.cancel()
+        self._deadline = self._stalled = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._expect_request()  # the timer goes on where part of it had come before
+        else:
+            self._drop_deadline()
+
+    def on_response_complete(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY:
+            # Answered before the request's body had come, which nobody wants.
+            self.transport.close()
+        super().on_response_complete()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._drop_deadline()
+        super().timeout_keep_alive_handler()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        too_large = self.conn.our_state is not h11.ERROR and (
+            len(self.conn.trailing_data[0]) > MAX_HEADER
+        )
+        self._refuse(431 if too_large else 400, "this is no HTTP request that can be answered")
+
+    def _expect_request(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+
+    def _drop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _refuse(self, status: int, error: str) -> None:
+        """Answer without the application, and close."""
+        body = json.dumps({"error": error}).encode()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            head = (
+                f"HTTP/1.1 {status} {'Too Many' if status == 503 else 'Bad Request'}\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+                f"connection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
