@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from ..reader import Directory, Document, HookError, Slot, totals
+from ..reader.ownership import process_of
 from .app import ACT, NO_ANSWER, Misused, command
+from .cores import for_each
 from .directories import directories_of
 from .options import AllowStaleOption, DirsOption, JsonOption, NoHeadersOption, OutputOption
 from .output import asked_form
@@ -101,16 +105,47 @@ def _accounted(asked: list[Directory], count_stale: bool) -> tuple[list[_Account
 
     Raises HookError where it is the only one.
     """
-    slots, unreadable = [], 0
+    slots: list[Slot] = []
+    unreadable = 0
     for found in asked:
         try:
-            slots += [_Accounted(slot, count_stale) for slot in found.slots()]
+            slots += found.slots()
         except HookError as error:
             if len(asked) == 1:
                 raise
             complain(f"{found.path} is left out: {error}")
             unreadable += 1
-    return slots, unreadable
+    processes = _Processes(slots)
+    return for_each(functools.partial(_accounted_slot, count_stale, processes), slots), unreadable
+
+
+def _accounted_slot(count_stale: bool, processes: _Processes, slot: Slot) -> _Accounted:
+    """With a document that is soon handed from one process to another."""
+    found = _Accounted(slot, count_stale)
+    if found.document is not None and processes.has_only(slot):
+        found.document = totals.without_tensors(found.document)
+    return found
+
+
+class _Processes:
+    """How many of some slots each process publishes: several may share storages."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._of = {(slot.directory, slot.name): self._process(slot) for slot in slots}
+        self._counts = Counter(self._of.values())
+
+    def has_only(self, slot: Slot) -> bool:
+        """Whether the process of ``slot`` publishes no other; false where that is not known."""
+        process = self._of[slot.directory, slot.name]
+        return process is not None and self._counts[process] == 1
+
+    @staticmethod
+    def _process(slot: Slot) -> Optional[tuple[Any, ...]]:
+        try:
+            state = slot.read_state()
+        except HookError:
+            return None
+        return (state.get("hostname"), *process_of(state))
 
 
 def _tell_exited(slots: list[_Accounted]) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated, NamedTuple, Optional
 
 import typer
@@ -14,11 +10,10 @@ import typer
 from ..reader import Slot, open_directory, open_file, verify
 from ..reader.findings import Finding
 from .app import ACT, Misused, command
+from .cores import for_each
 from .options import DirOption, JsonOption
 from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
-
-_SLOTS_A_CORE = 4
 
 
 @command(
@@ -59,7 +54,7 @@ def verify_(
         answers = [_verify(live, open_directory(directory).slot(slot))]
     else:
         found = open_directory(directory)
-        answers = _verified(slots_in(found), live)
+        answers = for_each(functools.partial(_verify, live), slots_in(found))
     findings = [finding for answer in answers for finding in answer.findings]
     good = not findings if strict else all(answer.good for answer in answers)
     if as_json:
@@ -98,19 +93,6 @@ def _answer(verdict: verify.Verdict) -> _Answer:
         counts += f" in {len(verdict.document.regions)} regions"
         told = f"{counts}; {standing(verdict.document)}"
     return _Answer(verdict.slot, verdict.good, verdict.findings, told)
-
-
-def _verified(slots: list[Slot], live: bool) -> list[_Answer]:
-    """All of them; many of them on several cores, for each takes a moment."""
-    cores = min(os.cpu_count() or 1, len(slots) // _SLOTS_A_CORE)
-    work = functools.partial(_verify, live)
-    if cores < 2:
-        return list(map(work, slots))
-    # Forked, so that nothing is imported again; this process has one thread.
-    context = multiprocessing.get_context("fork")
-    # Documents are trees, which need no garbage collector; it would go through each several times.
-    with ProcessPoolExecutor(cores, mp_context=context, initializer=gc.disable) as pool:
-        return list(pool.map(work, slots))
 
 
 def _verify(live: bool, slot: Slot) -> _Answer:

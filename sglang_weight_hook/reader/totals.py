@@ -15,6 +15,9 @@ from .errors import HookError
 
 # Of the layout's `memory`: what only the process itself can tell.
 _PROCESS_FIGURES = ("other_live_bytes", "reserved_free_bytes")
+# What the storages that a document names add up to: each counts once, under the first.
+_NAMED = ("weights_bytes", "lora_bytes", "kv_cache_bytes")
+_LONG = ("tensors", "regions")  # parts of a document
 
 
 class Gpu(NamedTuple):
@@ -86,6 +89,18 @@ def together(gpus: Iterable[Gpu]) -> Gpu:
     )
 
 
+def without_tensors(document: Document) -> Document:
+    """The same for sums, if no other document is of its process, and much smaller.
+
+    All of it where it does not say by itself what its storages add up to, as of release 0.1.
+    """
+    names = (*_NAMED, "off_device_bytes")
+    if not all(type(document.memory.get(name)) is int for name in names):
+        return document
+    raw = {name: value for name, value in document.raw.items() if name not in _LONG}
+    return Document(document.slot, raw, document.state, document.is_live)
+
+
 # --- one device ---------------------------------------------------------------------------
 
 
@@ -102,6 +117,9 @@ class _Storages:
     def add(self, document: Document) -> None:
         released = _released(document)
         self.elsewhere += _off_device(document)
+        if "tensors" not in document.raw:
+            self._add_told(document, released)
+            return
         for kind, place, size in document.iter_storages():
             (self.lora if kind == "lora" else self.weights)[place] = size
             if "weights" in released:
@@ -110,6 +128,14 @@ class _Storages:
             self.kv_cache[buffer.storage_ptr] = buffer.storage_size
             if "kv_cache" in released:
                 self.released[buffer.storage_ptr] = buffer.storage_size
+
+    def _add_told(self, document: Document, released: set[str]) -> None:
+        """What the document says of its storages: one of each kind, at no address, for all."""
+        kinds = (self.weights, "weights"), (self.lora, "weights"), (self.kv_cache, "kv_cache")
+        for place, (name, (found, tag)) in enumerate(zip(_NAMED, kinds), -len(_NAMED)):
+            found[place] = _figure(document, name) or 0
+            if tag in released:
+                self.released[place] = found[place]
 
     def settle(self) -> None:
         """A storage under several of the three counts under the first."""
@@ -146,8 +172,7 @@ def _sum(documents: list[Document]) -> Gpu:
             other_live = reserved_free = None
             continue
         # The process's other slots are live, too, also where their documents are not given.
-        names = ("weights_bytes", "lora_bytes", "kv_cache_bytes", "siblings_bytes")
-        named = sum(_figure(document, name) or 0 for name in names)
+        named = sum(_figure(document, name) or 0 for name in (*_NAMED, "siblings_bytes"))
         other_live += live + max(named - storages[process].named, 0)
         reserved_free += kept
 
