@@ -20,7 +20,8 @@ from .render.text import complain
 
 if TYPE_CHECKING:
     from ..fleet.application import Presentation
-    from ..fleet.server import Settings
+    from ..fleet.etcd import Etcd
+    from ..fleet.server import Settings, Tls
 
 PORT = 7411
 _SHORTEST_TOKEN = 16
@@ -89,6 +90,61 @@ _MaxConnections = Annotated[
 _MaxStreams = Annotated[
     int, typer.Option("--max-streams", metavar="N", min=1, help="Most event streams at once.")
 ]
+_Etcd = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--etcd",
+        metavar="URL",
+        help="Register each live slot in etcd, at http://host:2379 or https://...; repeatable, for "
+        "the members of one cluster.",
+    ),
+]
+_EtcdUser = Annotated[Optional[str], typer.Option("--etcd-user", metavar="NAME", help="etcd user.")]
+_EtcdPasswordFile = Annotated[
+    Optional[str],
+    typer.Option("--etcd-password-file", metavar="FILE", help="File with that user's password."),
+]
+_EtcdCa = Annotated[
+    Optional[str],
+    typer.Option(
+        "--etcd-ca",
+        metavar="FILE",
+        help="Authorities that etcd's certificate may be of (PEM).  [default: the system's]",
+    ),
+]
+_EtcdCertificate = Annotated[
+    Optional[str],
+    typer.Option("--etcd-cert", metavar="FILE", help="Certificate to show to etcd (PEM)."),
+]
+_EtcdKey = Annotated[
+    Optional[str], typer.Option("--etcd-key", metavar="FILE", help="Key of that certificate (PEM).")
+]
+_Advertise = Annotated[
+    Optional[str],
+    typer.Option(
+        "--advertise",
+        metavar="URL",
+        help="Where other machines reach this agent, for etcd.  [default: its own address]",
+    ),
+]
+_Node = Annotated[
+    Optional[str],
+    typer.Option(
+        "--node",
+        metavar="NAME",
+        help="Name of this machine in etcd.  [default: its host name]",
+    ),
+]
+_Ttl = Annotated[
+    int,
+    typer.Option(
+        "--ttl",
+        metavar="S",
+        min=2,
+        max=3600,
+        help="Seconds after which etcd forgets the slots of an agent that has died.",
+    ),
+]
 
 
 @command(
@@ -109,6 +165,15 @@ def serve(
     clients: _Clients = None,
     max_connections: _MaxConnections = 256,
     max_streams: _MaxStreams = 128,
+    etcd: _Etcd = None,
+    etcd_user: _EtcdUser = None,
+    etcd_password_file: _EtcdPasswordFile = None,
+    etcd_ca: _EtcdCa = None,
+    etcd_certificate: _EtcdCertificate = None,
+    etcd_key: _EtcdKey = None,
+    advertise: _Advertise = None,
+    node: _Node = None,
+    ttl: _Ttl = 10,
 ) -> int:
     """Answer over HTTP what the slots of this machine publish.
 
@@ -116,38 +181,77 @@ def serve(
     Ends on SIGTERM and SIGINT with status 0.
     Needs Starlette and uvicorn (pip install starlette uvicorn).
     """
-    try:
-        from ..fleet import server
-        from ..fleet.limits import Limits
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "h11", "anyio"):
-            raise
-        raise Misused("serve needs Starlette and uvicorn: pip install starlette uvicorn") from None
-    if certificate is None and (key or key_password_file or clients):
-        raise Misused("--ssl-keyfile and the like need --ssl-certfile")
-    token = _token(token_file)
-    if token is None and not without_token and not _is_loopback(host):
-        raise Misused(
-            f"{host} is reached from other machines: give --token-file, or --without-token to "
-            f"answer everybody"
-        )
-    tls = None
-    if certificate is not None:
-        password = None if key_password_file is None else _secret(key_password_file)
-        tls = server.Tls(certificate, key, password, clients)
+    server = _server()
     settings = server.Settings(
         directories=_readable(directories_of(directories)),
         host=host,
         port=port,
-        token=token,
-        tls=tls,
-        limits=Limits(connections=max_connections, streams=max_streams),
+        token=_token(token_file, host, without_token),
+        tls=_tls(certificate, key, key_password_file, clients),
+        limits=server.Limits(connections=max_connections, streams=max_streams),
         hosts=names or (),
     )
+    client = _etcd(etcd, etcd_user, etcd_password_file, etcd_ca, etcd_certificate, etcd_key)
     made = server.listen(host, port)
+    registration = None
+    if client is not None:
+        from ..fleet.registration import Registration
+
+        registration = Registration(client, advertise or url_of(settings, made), node, ttl)
     _log_to_stderr()
-    server.run(settings, made, _presentation(), None, lambda: _say(settings, made))
+    server.run(settings, made, _presentation(), registration, lambda: _say(settings, made))
     return 0
+
+
+def _server() -> Any:
+    try:
+        from ..fleet import server
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "h11", "anyio"):
+            raise
+        raise Misused("serve needs Starlette and uvicorn: pip install starlette uvicorn") from None
+    return server
+
+
+def _tls(
+    certificate: Optional[str],
+    key: Optional[str],
+    key_password_file: Optional[str],
+    clients: Optional[str],
+) -> Optional[Tls]:
+    from ..fleet.server import Tls
+
+    if certificate is None:
+        if key or key_password_file or clients:
+            raise Misused("--ssl-keyfile and the like need --ssl-certfile")
+        return None
+    password = None if key_password_file is None else _secret(key_password_file)
+    return Tls(certificate, key, password, clients)
+
+
+def _etcd(
+    endpoints: Optional[list[str]],
+    user: Optional[str],
+    password_file: Optional[str],
+    ca: Optional[str],
+    certificate: Optional[str],
+    key: Optional[str],
+) -> Optional[Etcd]:
+    """A client of the registry; None without one.  Raises Misused and HookError."""
+    from ..fleet.etcd import Etcd, tls_context
+
+    if not endpoints:
+        if user or password_file or ca or certificate or key:
+            raise Misused("--etcd-user and the like need --etcd")
+        return None
+    if (user is None) != (password_file is None):
+        raise Misused("--etcd-user and --etcd-password-file go together")
+    if key is not None and certificate is None:
+        raise Misused("--etcd-key needs --etcd-cert")
+    password = None if password_file is None else _secret(password_file)
+    wants_tls = any(url.lower().startswith("https:") for url in endpoints)
+    context = tls_context(ca, certificate, key) if wants_tls else None
+    return Etcd(endpoints, user, password, context)
 
 
 def _say(settings: Settings, made: socket.socket) -> None:
@@ -182,8 +286,14 @@ def _readable(directories: list[Directory]) -> list[Directory]:
     return directories
 
 
-def _token(path: Optional[str]) -> Optional[str]:
+def _token(path: Optional[str], host: str, without: bool) -> Optional[str]:
+    """The token that clients are asked for.  Raises Misused and HookError."""
     if path is None:
+        if not without and not _is_loopback(host):
+            raise Misused(
+                f"{host} is reached from other machines: give --token-file, or --without-token to "
+                f"answer everybody"
+            )
         return None
     token = _secret(path)
     if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
