@@ -24,6 +24,7 @@ MODULES = (
     "scrubbing",
     "residence",
     "fleet",
+    "fleet_commands",
     "serving",
 )
 
