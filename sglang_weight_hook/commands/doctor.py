@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from . import diagnosis as doctor
 from .app import ACT, command
 from .options import DirOption, JsonOption
 from .render.text import print_item, print_json, print_line, printable
@@ -26,6 +25,8 @@ def doctor_(
 
     SGLang is parsed, not imported.  Exit status 3 if a check fails.
     """
+    from . import diagnosis as doctor  # a tenth of the time that `--help` has
+
     found = doctor.diagnose(directory)
     status = 0 if found.good else ACT
     if as_json:
