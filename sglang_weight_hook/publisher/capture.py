@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Optional
 
 from ..layout.documents import ATTRIBUTE, LORA, PARAMETER
-from . import cuda_driver, cuda_export, identity
+from . import devices, diffusion, identity
 from .footprint import Footprint, footprint_of, places_of
 from .kv_cache import kv_cache
-from .rows import Row, allocation_kinds, allocations_of, row_of
+from .rows import Row, allocations_of, row_of
 from .volatile import lora_attributes, volatile_names
 from .walk import Wrappers, lora_pool, no_pause, plain_tensors, walk_model
 
@@ -29,11 +29,10 @@ class Capture(NamedTuple):
     aliases: dict[str, list[str]]  # canonical name -> its other names
     left_out: dict[str, str]  # name -> why it has no row
     expected: dict[str, int]  # names the model holds, by kind
-    # (storage_ptr, storage_size) -> the driver allocations (base, size) under it.  One as a rule;
-    # several where the caching allocator maps expandable segments piece by piece.
-    allocations: dict[tuple[int, int], list[tuple[int, int]]]
-    allocation_kinds: dict[int, str]  # allocation base -> cuda_driver.CUDA_MALLOC or VMM
-    exports: dict[int, cuda_export.Export]  # allocation base -> how others can open it
+    allocations: dict[tuple[int, int], list[tuple[int, int]]]  # as in `rows.Allocations`
+    allocation_kinds: dict[int, str]
+    exports: dict[int, devices.Export]
+    export_otherwise: devices.Export  # of memory whose allocation is not known
     kv_cache: list[dict[str, Any]]
     # Names under which torch lists a parameter -> the canonical name of its row.
     torch_names: dict[str, str]
@@ -41,7 +40,7 @@ class Capture(NamedTuple):
     volatile: frozenset[str]
     # Storages on other devices, where weights are offloaded to: address there -> bytes.
     off_device: dict[int, int]
-    device_index: Optional[int]  # of the CUDA device; None: not on one
+    device_index: Optional[int]  # the device's ordinal; None: on the host
     without: frozenset[str]  # names of plain attributes that are left out
     footprint: Optional[Footprint]
 
@@ -55,7 +54,7 @@ def capture(runner: Any, footprint: bool = True, without: Collection[str] = ()) 
     model = getattr(runner, "model", None)
     if model is None:
         raise LookupError("the runner has no model")
-    device_type = _device_type(runner)
+    device_type = identity.device_type(runner)
     walk = walk_model(model, without=without)
     # The pool before the attributes: LoRA layers hold the pool's tensors as attributes of theirs.
     attributes = walk.tensors.pop(ATTRIBUTE)
@@ -67,22 +66,22 @@ def capture(runner: Any, footprint: bool = True, without: Collection[str] = ()) 
     tensors = table.tensors
     lora_attributes(tensors)
     allocations = allocations_of(tensors.values())
-    kinds_of_memory = allocation_kinds(allocations)
     return Capture(
         device_type=device_type,
         tensors=tensors,
         aliases=table.aliases,
         left_out=table.left_out,
         expected={kind: len(named) for kind, named in kinds.items()},
-        allocations=allocations,
-        allocation_kinds=kinds_of_memory,
-        exports=cuda_export.exports_of(kinds_of_memory),
+        allocations=allocations.under,
+        allocation_kinds=allocations.kinds,
+        exports=allocations.exports,
+        export_otherwise=devices.of(device_type).export_otherwise,
         kv_cache=kv_cache(runner),
         torch_names=table.torch_names,
         volatile=volatile_names(tensors, walk),
         off_device=table.off_device,
         without=frozenset(without),
-        device_index=identity.gpu_id(runner) if device_type == "cuda" else None,
+        device_index=None if device_type == "cpu" else identity.gpu_id(runner),
         footprint=footprint_of(model, walk, device_type) if footprint else None,
     )
 
@@ -168,14 +167,6 @@ def _same_elements(one: Row, other: Row) -> bool:
 def parameter_count(runner: Any) -> int:
     """How many parameters torch itself counts: what our own walk is held against."""
     return sum(1 for _ in runner.model.named_parameters())
-
-
-def _device_type(runner: Any) -> str:
-    """The runner's own device: weights anywhere else are not resident on it."""
-    device = str(getattr(runner, "device", None) or "")
-    if not device:
-        device = "cuda" if cuda_driver.is_initialised() else "cpu"
-    return device.split(":")[0]
 
 
 def known_allocations(before: Optional[Capture], after: Capture) -> Capture:

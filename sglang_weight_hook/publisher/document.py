@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Optional
 
 from ..layout.documents import LORA, SCHEMA, SCHEMA_VERSION, STATE_SCHEMA
 from ..layout.geometry import Region, merge
-from . import cuda_export
 from .capture import Capture
 
 # State files stay under 2 KB, so a message of SGLang's is cut, and so is a list of names.
@@ -127,10 +126,7 @@ def _region(captured: Capture, region: Region) -> dict[str, Any]:
     first = captured.tensors[region.names[0]]
     base, size = region.allocation
     known = (first.storage_ptr, first.storage_size) in captured.allocations
-    if captured.device_type == "cpu":
-        export, rdma_capable = cuda_export.HOST
-    else:
-        export, rdma_capable = captured.exports.get(base) or cuda_export.UNKNOWN
+    export, rdma_capable = captured.exports.get(base, captured.export_otherwise)
     return {
         "ptr": region.start,
         "size": region.end - region.start,

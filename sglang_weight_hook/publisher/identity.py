@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from .. import __version__
 from ..layout import process
-from . import cuda_driver
+from . import devices
 
 _MISSING = object()
 
@@ -112,6 +112,12 @@ def gpu_id(runner: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
+def device_type(runner: Any) -> str:
+    """torch's name for the runner's own kind of device: weights elsewhere are not resident."""
+    device = str(getattr(runner, "device", None) or "")
+    return device.partition(":")[0] or devices.in_use()
+
+
 def is_draft(runner: Any) -> bool:
     return bool(getattr(runner, "is_draft_worker", False))
 
@@ -125,9 +131,8 @@ def draft_index(runner: Any) -> Optional[int]:
 def identity(runner: Any) -> dict[str, Any]:
     """The ``identity`` object of the layout document."""
     config = getattr(runner, "model_config", None)
-    uuid, bus_id = None, None
-    if cuda_driver.is_initialised() and str(getattr(runner, "device", "")).startswith("cuda"):
-        uuid, bus_id = cuda_driver.device_identity(gpu_id(runner))
+    # Of a runner that names no device no ordinal is guessed.
+    uuid, bus_id = devices.of(str(getattr(runner, "device", ""))).identity(gpu_id(runner))
     return {
         **process.identity(),
         "gpu_id": gpu_id(runner),

@@ -1,79 +1,26 @@
 """What this process's GPU memory is taken up by, adding up to the device's total.
 
-Asked of torch's caching allocator (``torch.cuda.memory_snapshot``) and of the driver
-(``cudaMemGetInfo``); neither synchronises nor allocates.  Asked only when a whole document is
-published, never for a bucket.
+Asked of torch's caching allocator and of the driver (`devices`), which neither synchronises nor
+allocates.  Asked only when a whole document is published, never for a bucket.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 from ..layout import accounting
-from . import cuda_driver
+from . import devices
+from .devices.torch_memory import DeviceMemory
 
 
-class Allocator(NamedTuple):
-    """The caching allocator's own view of one device, in bytes."""
-
-    reserved: int
-    live: int
-    # Live blocks: start addresses ascending, and the end of each.
-    starts: list[int]
-    ends: list[int]
-
-    def holds(self, address: int) -> bool:
-        """Whether ``address`` lies in a live block."""
-        index = bisect.bisect_right(self.starts, address) - 1
-        return index >= 0 and address < self.ends[index]
-
-
-class Device(NamedTuple):
-    """One device as this process sees it."""
-
-    total: int  # bytes
-    free: int  # bytes; shared by all processes on the device
-    allocator: Allocator
-
-
-def device(device_type: str, index: Optional[int] = None) -> Optional[Device]:
-    """CUDA device ``index``, or the thread's current one; None for a runner that is on no GPU."""
-    if device_type != "cuda" or not cuda_driver.is_initialised():
-        return None
-    import torch
-
-    index = torch.cuda.current_device() if index is None else index
-    free, total = torch.cuda.mem_get_info(index)
-    snapshot: Any = torch.cuda.memory_snapshot  # torch has no annotations for it
-    segments = [segment for segment in snapshot() if segment["device"] == index]
-    return Device(total, free, allocator(segments))
-
-
-def allocator(segments: Iterable[Mapping[str, Any]]) -> Allocator:
-    """From the segments of ``torch.cuda.memory_snapshot()``.
-
-    A block is live unless it is ``inactive``: ``active_pending_free`` ones still wait for a
-    stream (c10/cuda/CUDACachingAllocator).
-    """
-    reserved = live = 0
-    blocks = []
-    for segment in segments:
-        reserved += segment["total_size"]
-        address = segment["address"]
-        for block in segment["blocks"]:
-            start = block.get("address", address)  # older torch names no address
-            address = start + block["size"]
-            if block["state"] != "inactive":
-                live += block["size"]
-                blocks.append((start, address))
-    blocks.sort()
-    return Allocator(reserved, live, [start for start, _ in blocks], [end for _, end in blocks])
+def device(device_type: str, index: Optional[int] = None) -> Optional[DeviceMemory]:
+    """The device ``index``, or the thread's current one; None for a runner that is on none."""
+    return devices.of(device_type).memory(index)
 
 
 def account(
-    found: Optional[Device],
+    found: Optional[DeviceMemory],
     weights: Mapping[int, int],
     lora: Mapping[int, int],
     kv_cache: Mapping[int, int],
@@ -95,19 +42,13 @@ def account(
         "siblings_bytes": sum(others.values()),
     }
     named = {**others, **kv_cache, **lora, **weights}
-    if found is None:
+    if found is None or found.allocator is None:
+        untold = ("other_live_bytes", "reserved_free_bytes", "other_bytes", "unbacked_bytes")
         return {
             **figures,
-            **dict.fromkeys(
-                (
-                    "other_live_bytes",
-                    "reserved_free_bytes",
-                    "other_bytes",
-                    "unbacked_bytes",
-                    "device_free_bytes",
-                    "device_total_bytes",
-                )
-            ),
+            **dict.fromkeys(untold),
+            "device_free_bytes": None if found is None else found.free,
+            "device_total_bytes": None if found is None else found.total,
         }
     inside = sum(size for start, size in named.items() if found.allocator.holds(start))
     outside = sum(figures.values()) - inside
@@ -124,13 +65,13 @@ def account(
     }
 
 
-def reconcile(found: Optional[Device], named: Mapping[int, int]) -> Optional[dict[str, int]]:
+def reconcile(found: Optional[DeviceMemory], named: Mapping[int, int]) -> Optional[dict[str, int]]:
     """What the allocator has live against what the documents of this process explain.
 
     ``unexplained_bytes`` includes the allocator's rounding (512 bytes a block) and the
     activations and workspaces that belong to no weight.
     """
-    if found is None:
+    if found is None or found.allocator is None:
         return None
     inside = {start: size for start, size in named.items() if found.allocator.holds(start)}
     explained = sum(inside.values())

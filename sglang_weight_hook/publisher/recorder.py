@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, Optional
 
 from . import (
     background,
-    cuda_driver,
     effects,
     identity,
     once,
@@ -417,8 +416,9 @@ class _Recorder:
                     for tracked in due
                     if tracked.stream_open and tracked.version == versions[tracked]
                 ]
-                with cuda_driver.using_context(over[0].cuda_context if over else None):
-                    _publish(over, holds)
+                if over:
+                    with over[0].in_context():
+                        _publish(over, holds)
             if len(over) < len(due):
                 waits.append(quiet)  # a further bucket came meanwhile
         return min(waits, default=None)
@@ -439,7 +439,7 @@ class _Recorder:
                     if tracked.event is None:
                         publication.checked(tracked, time.time())
                     return True
-                with cuda_driver.using_context(tracked.cuda_context):
+                with tracked.in_context():
                     if tracked.find_unannounced():
                         _say_unannounced(tracked)
                         tracked.slot.lock(0.0)

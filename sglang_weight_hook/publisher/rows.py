@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from ..layout.geometry import touched_bytes
-from . import cuda_driver
+from . import devices
 
 
 class Row(NamedTuple):
@@ -68,25 +68,34 @@ def row_of(kind: str, tensor: Any, device_type: str) -> Row:
     )
 
 
-def allocations_of(rows: Iterable[Row]) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """The driver allocations under each storage; empty where there is no CUDA."""
-    if not cuda_driver.is_initialised():
-        return {}
-    allocations: dict[tuple[int, int], list[tuple[int, int]]] = {}
+class Allocations(NamedTuple):
+    """The driver allocations that storages lie in."""
+
+    # (storage_ptr, storage_size) -> the allocations (base, size) under it.  One as a rule; several
+    # where the caching allocator maps expandable segments piece by piece.
+    under: dict[tuple[int, int], list[tuple[int, int]]]
+    kinds: dict[int, str]  # base -> how it came to be, where that is known
+    exports: dict[int, devices.Export]  # base -> how others can open it, where the kind is known
+
+
+def allocations_of(rows: Collection[Row]) -> Allocations:
+    """What the devices' drivers say of each storage; nothing where there is none to ask."""
+    found = Allocations({}, {}, {})
+    places = {place: devices.of(place) for place in {row.device for row in rows}}
+    asked = {place: device for place, device in places.items() if device.is_in_use()}
+    if not asked:
+        return found
     for row in rows:
-        storage = (row.storage_ptr, row.storage_size)
-        if row.storage_ptr and storage not in allocations and row.device.startswith("cuda"):
-            found = cuda_driver.allocations_under(*storage)
-            if found:
-                allocations[storage] = found
-    return allocations
-
-
-def allocation_kinds(allocations: dict[tuple[int, int], list[tuple[int, int]]]) -> dict[int, str]:
-    kinds: dict[int, str] = {}
-    for pieces in allocations.values():
-        for base, _ in pieces:
-            kind = kinds.get(base) or cuda_driver.allocation_kind(base)
+        storage, device = (row.storage_ptr, row.storage_size), asked.get(row.device)
+        if device is None or not row.storage_ptr or storage in found.under:
+            continue
+        under = device.allocations_under(*storage)
+        if not under:
+            continue
+        found.under[storage] = under
+        for base, _ in under:
+            kind = None if base in found.kinds else device.allocation_kind(base)
             if kind is not None:
-                kinds[base] = kind
-    return kinds
+                found.kinds[base] = kind
+                found.exports[base] = device.export_of(base, kind)
+    return found

@@ -10,14 +10,11 @@ An event that begins waits for the one copy under way (`wait_for_copies`), and f
 from __future__ import annotations
 
 import bisect
-import ctypes
-import os
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..layout.sharing import COPY_BYTES, COPY_RUNS
-from . import cuda_copy, cuda_driver, cuda_export, cuda_order, document
+from . import document
 from .control import Answered, refused
 
 if TYPE_CHECKING:
@@ -66,20 +63,21 @@ def _share(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
     if runs is None:
         return refused("malformed", "ptr and size are numbers of bytes")
     ((address, size),) = runs
+    device = tracked.device
     with _copying:
         if not tracked.is_whole:
             return refused("busy", f"the slot is {tracked.state}, its weights are changing")
-        if not _is_on_cuda(tracked):
-            return refused("failed", "the weights are in no CUDA device's memory")
+        if device.unshared is not None:
+            return refused("failed", device.unshared)
         if size and not _spans_of(tracked).hold(address, size):
             return refused("changed", "an address is outside of the published regions")
-        with cuda_driver.using_context(tracked.cuda_context), cuda_driver.outside_captures():
-            uuid = cuda_driver.current_device_uuid()
+        with device.handing_out(tracked.context):
+            uuid = device.current_uuid()
             try:
-                unwritten = cuda_order.why_not_done()
+                unwritten = device.why_not_done()
                 if unwritten is not None:
                     return refused("busy", unwritten)
-                allocations, descriptors, end = cuda_export.handed_over(address, size)
+                allocations, descriptors, end = device.handed_over(address, size)
             except OSError as error:
                 return refused("failed", f"the memory cannot be shared: {error.strerror}")
     answer = {"ok": True, "device_uuid": uuid, "end": end, "allocations": allocations}
@@ -96,12 +94,12 @@ def _copy(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
     if sum(length for _, length in runs) > COPY_BYTES:
         return refused("malformed", f"at most {COPY_BYTES} bytes are copied at a time")
     # Read once: what is prepared in one context does not copy in another.
-    context = tracked.cuda_context
-    if any(length for _, length in runs) and tracked.is_whole and _is_on_cuda(tracked):
+    device, context = tracked.device, tracked.context
+    if any(length for _, length in runs) and tracked.is_whole:
         # The driver may wait for the device in this, and no event may wait for that.
         try:
-            with cuda_driver.using_context(context), cuda_driver.outside_captures():
-                cuda_copy.prepare()
+            with device.handing_out(context):
+                device.prepare_copy()
         except OSError as error:
             return refused("failed", f"the weights cannot be copied: {error.strerror}")
     with _copying:
@@ -112,15 +110,12 @@ def _copy(tracked: Tracked, asked: Any) -> Union[dict[str, Any], Answered]:
         if not all(spans.hold(*run) for run in runs):
             return refused("changed", "an address is outside of the published regions")
         try:
-            if not _is_on_cuda(tracked):
-                payload = copied_here(runs)
-            else:
-                # The background thread has no context of its own.
-                with cuda_driver.using_context(context), cuda_driver.outside_captures():
-                    unwritten = cuda_order.why_not_done()
-                    if unwritten is not None:
-                        return refused("busy", unwritten)
-                    payload = cuda_copy.copied(runs)
+            # The background thread has no context of its own.
+            with device.handing_out(context):
+                unwritten = device.why_not_done()
+                if unwritten is not None:
+                    return refused("busy", unwritten)
+                payload = device.copied(runs)
         except OSError as error:
             return refused("failed", f"the weights cannot be copied: {error.strerror}")
     return Answered({"ok": True, "bytes": len(payload)}, payload)
@@ -175,35 +170,3 @@ def _spans_of(tracked: Tracked) -> _Spans:
         _spans.clear()  # of one slot at a time, which is enough for a reader that reads it whole
         _spans[tracked.instance] = found
     return found
-
-
-def _is_on_cuda(tracked: Tracked) -> bool:
-    return tracked.captured is not None and tracked.captured.device_type == "cuda"
-
-
-def copied_here(runs: Sequence[Run]) -> bytes:
-    """The bytes of runs in this process's own memory.  Raises OSError.
-
-    By process_vm_readv(2), which refuses an address without memory, where a load would end the
-    server.
-    """
-    size = sum(length for _, length in runs)
-    if not size:
-        return b""
-    target = bytearray(size)
-    local = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(target)), size)
-    remote = (ctypes.c_size_t * (2 * len(runs)))(*(number for run in runs for number in run))
-    library = ctypes.CDLL(None, use_errno=True)
-    library.process_vm_readv.restype = ctypes.c_ssize_t
-    got = library.process_vm_readv(
-        ctypes.c_int(os.getpid()),
-        local,
-        ctypes.c_ulong(1),
-        remote,
-        ctypes.c_ulong(len(runs)),
-        ctypes.c_ulong(0),
-    )
-    if got != size:
-        code = ctypes.get_errno() if got < 0 else 14  # EFAULT: a part of it has no memory
-        raise OSError(code, os.strerror(code))
-    return bytes(target)

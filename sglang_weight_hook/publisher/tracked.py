@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Optional
 
 from ..layout import files, process
@@ -31,7 +32,7 @@ from ..layout.states import (
     WEIGHTS,
 )
 from . import capture as capturing
-from . import cuda_driver, cuda_order, document, identity, once, publish, settings, sharing
+from . import devices, document, identity, once, publish, settings, sharing
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
@@ -81,7 +82,8 @@ class Tracked:
 
         self.captured: Optional[Capture] = None
         self.storages = document.Storages({}, {}, {})
-        self.cuda_context: Optional[int] = None  # in which it was captured last
+        self.device = devices.of(identity.device_type(runner))
+        self.context: Optional[int] = None  # the device's, in which it was captured last
         self.layout_digest = ""  # of the published layout file
         self.checked_at: Optional[float] = None  # when map and memory were last found equal
 
@@ -150,7 +152,7 @@ class Tracked:
 
     def leave(self, call: Call) -> bool:
         """A call ends; whether that was the last one of the event."""
-        cuda_order.mark()
+        self.device.mark()
         self.version += 1
         self.inside.discard(call)
         return self.event is not None and not self.inside and not self.openers
@@ -188,6 +190,10 @@ class Tracked:
             and self.residency[WEIGHTS] == RESIDENT
         )
 
+    def in_context(self) -> AbstractContextManager[None]:
+        """Ask its device as the thread does that captured it last."""
+        return self.device.using_context(self.context)
+
     # -- when the last call has left
 
     def look(self, stands: Optional[bool] = None) -> None:
@@ -201,7 +207,8 @@ class Tracked:
             return
         self.slot.keep()
         started = time.perf_counter()
-        self.cuda_context = cuda_driver.current_context() or self.cuda_context
+        self.device = devices.of(identity.device_type(runner))
+        self.context = self.device.current_context() or self.context
         try:
             self._look(runner, self.event, stands)
         finally:
@@ -292,7 +299,7 @@ class Tracked:
             if not holds:
                 # Also where the quick look has no answer: a module made again, a tensor that
                 # wraps others.
-                with cuda_driver.using_context(self.cuda_context):
+                with self.in_context():
                     found = capturing.known_allocations(
                         captured, capturing.capture(runner, without=captured.without)
                     )
@@ -311,7 +318,7 @@ class Tracked:
         if runner is None or self.captured is None or self.event is not None:
             return False
         before, started = self.captured, time.perf_counter()
-        with cuda_driver.using_context(self.cuda_context):
+        with self.in_context():
             captured = capturing.known_allocations(
                 before, capturing.capture(runner, without=self._left_out())
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_weight_hook.publisher import cuda_driver
+from sglang_weight_hook.publisher.devices import cuda_driver
 from tests.gpu.cuda_model import (
     IN_CHILD,
     Driver,

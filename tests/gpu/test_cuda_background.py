@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from sglang_weight_hook.publisher import cuda_driver, once, recorder
+from sglang_weight_hook.publisher import once, recorder
+from sglang_weight_hook.publisher.devices import cuda_driver
 from tests.gpu.cuda_model import MIB, Driver, a_model, layout_in, load, noise, state_in
 from tests.gpu.map_checks import check_geometry, check_memory
 from tests.unit.fake_sglang import FakeRunner, forget, stream
@@ -102,7 +103,7 @@ def test_the_thread_takes_no_device_memory_and_so_makes_no_context(
 
 def test_a_thread_has_the_borrowed_context_only_while_it_asks(runner: FakeRunner) -> None:
     (tracked,) = recorder._Recorder.runners()
-    context = tracked.cuda_context
+    context = tracked.context
     assert context is not None
     assert context == cuda_driver.current_context()
     address = runner.model.embed.weight.data_ptr()

@@ -25,7 +25,8 @@ from published_files import a_model  # noqa: E402
 
 import sglang_weight_hook_patch_core as core  # noqa: E402
 from sglang_weight_hook.publisher import capture as capture_module  # noqa: E402
-from sglang_weight_hook.publisher import cuda_driver, recorder, settings  # noqa: E402
+from sglang_weight_hook.publisher import recorder, settings  # noqa: E402
+from sglang_weight_hook.publisher.devices import cuda_driver  # noqa: E402
 
 
 def forget_everything() -> None:

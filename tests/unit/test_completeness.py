@@ -20,7 +20,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from sglang_weight_hook.publisher import capture as capture_module
-from sglang_weight_hook.publisher import cuda_driver, document
+from sglang_weight_hook.publisher import document
+from sglang_weight_hook.publisher.devices import cuda_driver
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from memory_figures import sum_of_parts
 
 from sglang_weight_hook.layout import files
-from sglang_weight_hook.publisher import cuda_driver, memory, recorder
-from sglang_weight_hook.publisher.memory import Allocator, Device, account, allocator, reconcile
+from sglang_weight_hook.publisher import memory, recorder
+from sglang_weight_hook.publisher.devices import cuda_driver
+from sglang_weight_hook.publisher.devices.torch_memory import Allocator, DeviceMemory, allocator
+from sglang_weight_hook.publisher.memory import account, reconcile
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -54,8 +56,8 @@ class World(NamedTuple):
         return self.reserved - self.released + self.outside + self.context + self.free
 
     @property
-    def device(self) -> Device:
-        return Device(self.total, self.free, allocator(self.segments))
+    def device(self) -> DeviceMemory:
+        return DeviceMemory(self.total, self.free, allocator(self.segments))
 
     def account(self) -> dict[str, Any]:
         return account(self.device, *(self.named[kind] for kind in KINDS))
@@ -226,7 +228,7 @@ def test_the_snapshot_of_the_current_device_alone_is_taken(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1000 + index, 9000))
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [segment(0, 4096), segment(1, 8192)])
-    assert memory.device("cuda") == Device(9000, 1001, Allocator(2048, 512, [8192], [8704]))
+    assert memory.device("cuda") == DeviceMemory(9000, 1001, Allocator(2048, 512, [8192], [8704]))
 
 
 # --- several slots of one process, through the recorder -----------------------------------
@@ -309,7 +311,7 @@ def test_a_draft_that_stops_sharing_counts_its_own(maps: Path) -> None:
     assert [m["shared_with"] for m in documents] == [[], []]
 
 
-def a_device_that_holds(*tensors: Any) -> Device:
+def a_device_that_holds(*tensors: Any) -> DeviceMemory:
     """A fake GPU whose allocator has these CPU storages, in blocks of 512 bytes."""
     segments = []
     for start, size in storages(*tensors).items():
@@ -317,7 +319,7 @@ def a_device_that_holds(*tensors: Any) -> Device:
         block = {"address": start, "size": rounded, "state": "active_allocated"}
         segments.append({"address": start, "total_size": rounded + 1024, "blocks": [block]})
     found = allocator(segments)
-    return Device(found.reserved + 7000 + 9000, 9000, found)
+    return DeviceMemory(found.reserved + 7000 + 9000, 9000, found)
 
 
 def test_every_slots_figures_add_up_to_the_same_total(

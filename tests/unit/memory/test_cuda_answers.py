@@ -27,7 +27,7 @@ from sglang_weight_hook.layout.sharing import (
     POSIX_FD,
     SHARED_ALLOCATIONS,
 )
-from sglang_weight_hook.publisher import cuda_export
+from sglang_weight_hook.publisher.devices import cuda_export
 from sglang_weight_hook.reader.conversation import Conversation
 
 pytest.importorskip("torch")

@@ -17,7 +17,8 @@ gpu = processes.gpu
 # A server's process without a server: streams of its own, and marks on them.
 SERVER = """
 import torch
-from sglang_weight_hook.publisher import cuda_copy, cuda_driver, cuda_order, sharing
+from sglang_weight_hook.publisher import devices, sharing
+from sglang_weight_hook.publisher.devices import cuda_copy, cuda_driver, cuda_order
 os.environ["SGLANG_WEIGHT_HOOK_SHARE"] = "1"
 cuda_driver.is_initialised = lambda: True
 context = ctypes.c_void_p()
@@ -171,10 +172,11 @@ class Watched:
 watched = Watched()
 cuda_driver._library = lambda: watched
 driver.fake_cuda_calls.argtypes = [ctypes.c_char_p]
-sharing._is_on_cuda = lambda tracked: True
 sharing._spans_of = lambda tracked: SimpleNamespace(hold=lambda *run: True)
 def slot_in(context, whole=True):
-    return SimpleNamespace(instance="i", cuda_context=context, is_whole=whole, state="updating")
+    return SimpleNamespace(
+        instance="i", device=devices.of("cuda"), context=context, is_whole=whole, state="updating"
+    )
 def copy(tracked, runs):
     answer = sharing.answer(tracked, {"instance": "i", "op": "copy", "runs": runs})
     return getattr(answer, "answer", answer)

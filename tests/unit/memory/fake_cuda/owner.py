@@ -17,7 +17,8 @@ import torch
 from fake_sglang import FakeRunner, event, load, settle, update
 
 import sglang_weight_hook as hook
-from sglang_weight_hook.publisher import background, capture, cuda_driver, cuda_order, memory
+from sglang_weight_hook.publisher import background, capture, memory
+from sglang_weight_hook.publisher.devices import cuda_driver, cuda_order
 
 PIECE = 65536  # what the stand-in driver maps memory in
 READ_WRITE = 3

@@ -18,7 +18,8 @@ import os
 import sys
 from typing import Any, NamedTuple, Optional
 
-from . import cuda_driver, once, settings
+from .. import once, settings
+from . import cuda_driver
 
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY

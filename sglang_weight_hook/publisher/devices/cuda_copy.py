@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from ..layout.sharing import COPY_BYTES
+from ...layout.sharing import COPY_BYTES
 from . import cuda_driver
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING

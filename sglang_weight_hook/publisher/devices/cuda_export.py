@@ -1,6 +1,6 @@
 """How other processes can open this process's GPU memory, and what they open it with.
 
-`exports_of` asks the driver once an allocation, for the published regions.  `handed_over` makes
+`export_of` is asked once an allocation, for the published regions.  `handed_over` makes
 handles and descriptors for the control socket.  Neither synchronises, and neither allocates on the
 device.  A handle and a descriptor are keys to write, too: they go to who asked, never to a file.
 """
@@ -12,27 +12,17 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import Any, Optional
 
-from ..layout.sharing import FABRIC, LEGACY_IPC, NO_EXPORT, POSIX_FD, SHARED_ALLOCATIONS
+from ...layout.sharing import FABRIC, LEGACY_IPC, NO_EXPORT, POSIX_FD, SHARED_ALLOCATIONS
 from . import cuda_driver
+from .device import UNKNOWN, Export, HandedOver
 
 _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 # CUmemAllocationHandleType.
 _TYPE_POSIX_FD, _TYPE_FABRIC = 1, 8
 _GPU_DIRECT_RDMA_SUPPORTED = 116  # CUdevice_attribute
-
-
-class Export(NamedTuple):
-    """What a region says of its allocation; None: not known."""
-
-    export: Optional[str] = None  # one of the words in layout.sharing
-    rdma_capable: Optional[bool] = None
-
-
-UNKNOWN = Export()
-HOST = Export(NO_EXPORT, True)  # memory that a transfer engine can register, as all of the host's
 
 
 class _Flags(ctypes.Structure):
@@ -59,11 +49,6 @@ class _Properties(ctypes.Structure):
 
 
 # --- what can be opened -------------------------------------------------------------------
-
-
-def exports_of(kinds: Mapping[int, str]) -> dict[int, Export]:
-    """By allocation base; ``kinds``: those of the allocations (`cuda_driver.allocation_kind`)."""
-    return {base: export_of(base, kind) for base, kind in kinds.items()}
 
 
 def export_of(base: int, kind: Optional[str]) -> Export:
@@ -123,14 +108,6 @@ def _handle_of(address: int) -> Iterator[tuple[Any, Optional[ctypes.c_uint64]]]:
 
 
 # --- what it is opened with ---------------------------------------------------------------
-
-
-class HandedOver(NamedTuple):
-    """Allocations for an answer, and the descriptors that go with it, in order."""
-
-    allocations: list[dict[str, Any]]
-    descriptors: tuple[int, ...]
-    end: int  # one past the last byte asked for that they hold
 
 
 def handed_over(address: int, size: int) -> HandedOver:
