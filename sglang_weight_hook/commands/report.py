@@ -12,6 +12,7 @@ import typer
 
 from ..reader import Directory, Document, HookError, Slot, totals
 from ..reader.ownership import process_of
+from ..reader.slot_names import some_of
 from .app import ACT, NO_ANSWER, Misused, command
 from .cores import for_each
 from .directories import directories_of
@@ -21,7 +22,6 @@ from .render.output import TABLE, WIDE, Form, print_answer
 from .render.table import Column
 from .render.text import complain, console, print_json, printable, remark, size_text
 from .selection import heading, stale_status, why_stale
-from .slot_choice import some_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

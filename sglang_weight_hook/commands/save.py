@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from ..memory.save import SHARD_BYTES, Progress, Saved, save
-from ..reader import ControlError, HookError, NoSocket, NotAllowed, Slot, Tensor, open_directory
+from ..reader import ControlError, HookError, NoSocket, NotAllowed, Slot, open_directory
+from ..reader.slot_names import slot_named
 from .app import Misused, command
 from .options import DirOption, JsonOption, MatchOption, ViaOption
 from .render.text import complain, print_json, print_line, remark, size_text
-from .selection import heading, is_like, slots_in
+from .selection import heading, is_wanted, slots_in
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -70,17 +72,22 @@ def save_(
         raise Misused(f"{path} does not end in .safetensors; give a name that does")
     limit = _bytes(shard_size)
     found = open_directory(directory)
-    names = [each.name for each in slots_in(found)]
-    if slot not in names:
-        raise HookError(f"there is no slot {slot} in {found.path}; it has {', '.join(names)}")
-    chosen = found.slot(slot)
+    chosen = slot_named(found, slots_in(found), slot)
     _check(chosen)
     with contextlib.ExitStack() as stack:
         if hold:
             stack.enter_context(chosen.weights_held())
         tell = stack.enter_context(_progress())
         try:
-            done = save(chosen, path, _wanted(match), limit, via, force, tell)
+            done = save(
+                chosen,
+                path,
+                functools.partial(is_wanted, pattern=match),
+                limit,
+                via,
+                force,
+                tell,
+            )
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
@@ -110,12 +117,6 @@ def _check(slot: Slot) -> None:
     """Have the owner compare its map with memory first, where it can be asked."""
     with contextlib.suppress(NoSocket, NotAllowed, ControlError):
         slot.check()
-
-
-def _wanted(match: Any) -> Callable[[Tensor], bool]:
-    return lambda tensor: (
-        match is None or any(is_like(name, match) for name in (tensor.name, *tensor.aliases))
-    )
 
 
 def _bytes(text: str) -> int:

@@ -15,11 +15,12 @@ import typer
 
 from ..memory.scrub import RETRY_SECONDS, Baseline, Corruption, Event, Pass, Read, Scrubber, Waiting
 from ..reader import HookError, Stale, Tensor, open_directory
+from ..reader.slot_names import slot_named
 from .app import ACT, command
 from .options import DirOption, MatchOption, ViaOption
 from .render import scrub_metrics
 from .render.text import clock, complain, print_line, size_text
-from .selection import is_like, slots_in
+from .selection import is_wanted, slots_in
 
 _RATE = 5.0  # MiB/s: less than 1 % of a core
 _BASELINE_RATE = 200.0
@@ -106,14 +107,9 @@ def scrub(
     SIGTERM.  Exit status 3 if anything had changed.
     """
     found = open_directory(directory)
-    names = [each.name for each in slots_in(found)]
-    for name in slot or []:
-        if name not in names:
-            raise HookError(f"there is no slot {name} in {found.path}; it has {', '.join(names)}")
-    scrubbers = [
-        Scrubber(found.slot(name), _chosen(match, exclude or []), via, every)
-        for name in slot or names
-    ]
+    every_slot = slots_in(found)
+    slots = [slot_named(found, every_slot, name) for name in slot or []] or every_slot
+    scrubbers = [Scrubber(each, _chosen(match, exclude or []), via, every) for each in slots]
     report = scrub_metrics.serve(metrics_port) if metrics_port else lambda event: None
     show = _print_json if as_json else _print_event
     wrong = 0
@@ -140,13 +136,9 @@ def scrub(
 
 
 def _chosen(match: Optional[str], exclude: list[str]) -> Callable[[Tensor], bool]:
-    def wanted(tensor: Tensor) -> bool:
-        names = (tensor.name, *tensor.aliases)
-        return (match is None or any(is_like(name, match) for name in names)) and not any(
-            is_like(name, pattern) for name in names for pattern in exclude
-        )
-
-    return wanted
+    return lambda tensor: (
+        is_wanted(tensor, match) and not any(is_wanted(tensor, pattern) for pattern in exclude)
+    )
 
 
 def _merged(

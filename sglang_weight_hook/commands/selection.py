@@ -9,9 +9,9 @@ from typing import Any, Optional
 
 from ..layout.states import READY
 from ..reader import Directory, Document, HookError, Slot, Tensor, open_directory, open_file
+from ..reader.slot_names import slot_named, some_of
 from .app import ACT, Misused
 from .render.text import complain, printable
-from .slot_choice import some_of
 
 
 def document_of(directory: Optional[str], slot: Optional[str]) -> Document:
@@ -20,17 +20,15 @@ def document_of(directory: Optional[str], slot: Optional[str]) -> Document:
         return open_file(slot)
     found = open_directory(directory)
     slots = slots_in(found)
-    names = [each.name for each in slots]
     if slot is None:
         if len(slots) > 1:
+            names = [each.name for each in slots]
             raise Misused(
                 f"there are slots {some_of(names)} in {found.path}; name one of them "
                 f"(`sglang-weight-hook slots` lists all)"
             )
         return slots[0].read()
-    if slot not in names:
-        raise HookError(f"there is no slot {slot} in {found.path}; it has {some_of(names)}")
-    return found.slot(slot).read()
+    return slot_named(found, slots, slot).read()
 
 
 def slots_in(found: Directory) -> list[Slot]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple, Optional, Protocol
 
 from ..reader import HookError, Slot, open_directory
+from ..reader.slot_names import slot_named
 from .memory import PIECE, Memory
 from .safetensors_file import Entry, SafetensorsFile, entry_of, index_of
 
@@ -132,10 +133,7 @@ def slots_of(word: str, directory: Optional[str]) -> Optional[dict[str, Slot]]:
 
 def _slot(place: Optional[str], name: str) -> Slot:
     found = open_directory(place)
-    names = [slot.name for slot in found.slots()]
-    if name not in names:
-        raise HookError(f"there is no slot {name} in {found.path}; it has {', '.join(names)}")
-    return found.slot(name)
+    return slot_named(found, found.slots(), name)
 
 
 def saved_source(word: str) -> FileSource:
