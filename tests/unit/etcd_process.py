@@ -1,0 +1,97 @@
+"""A real etcd, started without root on free ports; it keeps its data when it is started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ETCD = shutil.which("etcd")
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return int(made.getsockname()[1])
+
+
+class EtcdServer:
+    def __init__(self, folder: Path, certificate: Path | None = None, key: Path | None = None):
+        if ETCD is None:
+            pytest.skip("no etcd here: install Debian's etcd-server")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        scheme = "http" if certificate is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{free_port()}"
+        peer = f"http://127.0.0.1:{free_port()}"
+        self._command = [
+            *(ETCD, "--data-dir", str(folder / "data"), "--log-level", "error"),
+            *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"default={peer}"),
+        ]
+        if certificate is not None:
+            self._command += ["--cert-file", str(certificate), "--key-file", str(key)]
+        self.start()
+
+    def start(self) -> None:
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        port = int(self.url.rpartition(":")[2])
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert self.process.poll() is None, (self.folder / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Let it stand still: connections are accepted, and nobody is answered."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def post(self, path: str, **asked: Any) -> Any:
+        """As an administrator before there is any authentication."""
+        request = urllib.request.Request(
+            f"{self.url}/v3/{path}", json.dumps(asked).encode(), method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+
+def a_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
+    """A self-signed certificate for this machine, and its key (PEM)."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl here: install openssl")
+    folder.mkdir(parents=True, exist_ok=True)
+    certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
+    subprocess.run(
+        [
+            *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", f"/CN={name}"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return certificate, key
