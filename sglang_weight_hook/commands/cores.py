@@ -17,7 +17,8 @@ Found = TypeVar("Found")
 def for_each(work: Callable[[Slot], Found], slots: list[Slot]) -> list[Found]:
     """What ``work`` finds in each slot; it and what it finds go from one process to another."""
     cores = min(os.cpu_count() or 1, len(slots) // _SLOTS_A_CORE)
-    if cores < 2:
+    # What others have read is waited for rather than worked for, over connections of this process.
+    if cores < 2 or any(slot.is_remote for slot in slots):
         return list(map(work, slots))
     # Here, for few slots and `--help` need neither.
     import multiprocessing

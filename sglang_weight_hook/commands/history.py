@@ -14,8 +14,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..reader import History, HookError, PastEvent, open_directory
+from ..reader import History, HookError, PastEvent
 from .app import ACT, Misused, command
+from .directories import directory_at
 from .options import DirOption, NoHeadersOption, OutputOption
 from .output import asked_form
 from .render.event import event_parts
@@ -72,7 +73,7 @@ def history(
     """
     form = asked_form(output, as_json, no_headers)
     oldest = None if since is None else _time(since, time.time())
-    found = open_directory(directory)
+    found = directory_at(directory)
     one = None if slot is None else found.slot(slot).history(oldest, kind)
     histories = found.histories(oldest, kind) if one is None else [one]
     if not histories:

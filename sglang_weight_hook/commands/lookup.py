@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
 
-from ..reader import CacheBuffer, Document, Hit, HookError, Region, open_directory
+from ..reader import CacheBuffer, Document, Hit, HookError, Region
 from .app import ACT, NO_ANSWER, Misused, command
+from .directories import directory_at
 from .options import AllowStaleOption, DirOption, JsonOption, NoHeadersOption, OutputOption
 from .output import asked_form
 from .render.output import Form, print_answer
@@ -91,20 +93,21 @@ def lookup(
     places = [_number(text) for text in _words(named)]
     if not places:
         raise Misused("stdin has no address; give one a word: 0x... or a decimal number")
-    documents = _documents(directory, slot)
-    if not documents:
+    looked = _documents(directory, slot, places)
+    documents = looked.documents
+    if not documents and looked.left_out:
         return NO_ANSWER
     answers = {place: [_found(document, place) for document in documents] for place in places}
     told = [
-        found for one in answers.values() for found in one if found.is_any or len(documents) == 1
+        found for one in answers.values() for found in one if found.is_any or looked.of == 1
     ]
     # A slot without a part in the answer need not be good for it.
     concerned = {id(found.document): found.document for found in told}
     asked = list(concerned.values()) or documents
-    status = max(stale_status(document, allow_stale) for document in asked)
-    if not all(any(found.is_any for found in one) for one in answers.values()):
+    status = max((stale_status(document, allow_stale) for document in asked), default=0)
+    if looked.is_partial or not all(any(found.is_any for found in one) for one in answers.values()):
         status = ACT
-    if form.is_json and len(places) == 1 and len(documents) == 1:
+    if form.is_json and len(places) == 1 and looked.of == 1:
         print_json(_as_json(told[0]))
     elif form.is_json:
         print_json(
@@ -123,7 +126,7 @@ def lookup(
         _print_records(form, told, answers)
     else:
         for place, one in answers.items():
-            _print_answers(place, one, len(places) > 1)
+            _print_answers(place, one, len(places) > 1, looked.of)
         for document in asked:
             remark(standing(document))
     return status
@@ -155,7 +158,7 @@ def _without_slot(
     if is_path(last) or (last.isdecimal() and len(last) <= 4 and int(last) < _FIRST_ADDRESS):
         return given[:-1], last
     try:
-        names = {each.name for each in open_directory(directory).slots()}
+        names = {each.name for each in directory_at(directory).slots()}
     except HookError:
         names = set()
     if last in names:
@@ -176,20 +179,34 @@ def _words(given: list[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _documents(directory: Optional[str], slot: Optional[str]) -> list[Document]:
+class _Looked(NamedTuple):
+    """What is looked into."""
+
+    documents: list[Document]  # of those slots in which something may be
+    of: int  # how many slots there are
+    left_out: int = 0  # of which there is no document
+    is_partial: bool = False  # what some of these have, nobody says
+
+
+def _documents(
+    directory: Optional[str], slot: Optional[str], places: Collection[int]
+) -> _Looked:
     """Of the slot, or of every slot; one that cannot be read is named and stops no other."""
     if slot is not None:
-        return [document_of(directory, slot)]
-    slots = slots_in(open_directory(directory))
+        return _Looked([document_of(directory, slot)], 1)
+    found = directory_at(directory)
+    slots = slots_in(found)
     if len(slots) == 1:
-        return [slots[0].read()]
-    documents = []
-    for each in slots:
+        return _Looked([slots[0].read()], 1)
+    documents, left_out, is_partial = [], 0, False
+    for each in found.slots_at(places):
         try:
             documents.append(each.read(2.0))
         except HookError as error:
             complain(f"slot {each.name} is left out: {error}")
-    return documents
+            left_out += 1
+            is_partial = is_partial or each.is_remote
+    return _Looked(documents, len(slots), left_out, is_partial)
 
 
 def answer_at(document: Document, place: int) -> Optional[dict[str, Any]]:
@@ -274,14 +291,14 @@ def _row(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print_answers(place: int, answers: list[_Found], with_address: bool) -> None:
+def _print_answers(place: int, answers: list[_Found], with_address: bool, of: int) -> None:
     """What every slot has at an address, for people."""
     if with_address:
         print_line((address_text(place), "bold"))
     for found in answers:
         if not found.is_any:
             continue
-        if len(answers) > 1:
+        if of > 1:
             print_line(f"slot {printable(found.document.slot.name)}")
         for hit in found.hits:
             _print_hit(hit)
@@ -296,8 +313,8 @@ def _print_answers(place: int, answers: list[_Found], with_address: bool) -> Non
     if not any(found.is_any for found in answers):
         near = (
             f"; {_nearest_regions(answers[0].document, place)}"
-            if len(answers) == 1
-            else f" in any of {len(answers)} slots"
+            if of == 1
+            else f" in any of {of} slots"
         )
         print_line(f"no published memory at {address_text(place)}{near}")
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Optional
 from ..layout.header import LEFT
 from ..layout.states import READY
 from ..reader import Directory, Header, HookError, Slot
-from ..reader.layout_start import start_of_layout
 from ..reader.ownership import process_of, same_instance
+from .directories import slots_of_each
 
 STALE, UNREADABLE = "stale", "unreadable"
 MEMORY = ("weights", "kv_cache", "lora", "other", "free", "total")
@@ -52,12 +52,13 @@ class SlotOverview(NamedTuple):
 
 def slots_of(directories: list[Directory]) -> tuple[list[SlotOverview], list[str]]:
     """Every slot of the directories, and why any of these cannot be read."""
-    found, problems = [], []
-    for directory in directories:
-        try:
-            found += [overview_of(slot) for slot in directory.slots()]
-        except HookError as error:
-            problems.append(str(error))
+    found: list[SlotOverview] = []
+    problems: list[str] = []
+    for slots in slots_of_each(directories).values():
+        if isinstance(slots, HookError):
+            problems.append(str(slots))
+        else:
+            found += map(overview_of, slots)
     return found, problems
 
 
@@ -71,7 +72,7 @@ def overview_of(slot: Slot) -> SlotOverview:
     try:
         alive = slot.owner_alive()  # before the look: what it published last counts
         state = slot.read_state()
-        start = start_of_layout(slot)
+        start = slot.start_of_layout()
     except HookError as error:
         problem = str(error)
     try:
@@ -103,7 +104,8 @@ def _combined(
     published = _text(state.get("state"))
     if header is not None and header.pid == state.get("pid") and header.state == LEFT:
         alive = False
-    checked_at = _number(state.get("checked_at"))
+    told = [_number(part.get("checked_at")) for part in (state, start)]
+    checked_at = max((at for at in told if at is not None), default=None)
     if header is not None and (header.pid, header.instance) == (
         state.get("pid"),
         state.get("instance"),

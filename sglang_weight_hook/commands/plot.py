@@ -8,8 +8,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..reader import Document, HookError, Slot, open_directory, open_file
-from .app import command
+from ..reader import Document, HookError, Slot, open_file
+from .app import ACT, command
+from .directories import directory_at
 from .options import AllowStaleOption, DirOption
 from .render import page
 from .render.text import complain, print_line
@@ -50,7 +51,10 @@ def plot(
     """
     earlier = [open_file(path).raw for path in before] if before else None
     named = [document_of(directory, name) for name in slots or ()]
-    documents = named or _read(slots_in(open_directory(directory)))
+    slots_there = [] if named else slots_in(directory_at(directory))
+    documents = named or _read(slots_there)
+    # A page without what nobody answers for looks like one of all.
+    is_partial = len(documents) < len(slots_there) and any(one.is_remote for one in slots_there)
     try:
         try:
             _write(documents, output, earlier)
@@ -62,7 +66,8 @@ def plot(
     except _MALFORMED as error:
         raise _malformed(error) from error
     print_line(f"{output}: {len(documents)} {'slot' if len(documents) == 1 else 'slots'}")
-    return max(stale_status(document, allow_stale) for document in documents)
+    status = max(stale_status(document, allow_stale) for document in documents)
+    return ACT if is_partial else status
 
 
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)

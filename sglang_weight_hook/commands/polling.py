@@ -12,6 +12,7 @@ from typing import NamedTuple, Optional
 from ..layout import files, process
 from ..reader import Directory, HeaderReader, HookError, Slot
 from ..reader.ownership import HELD, lock_at
+from .directories import slots_of_each
 from .overview import SlotOverview, overview_of
 
 Key = tuple[str, str]  # directory and slot
@@ -38,11 +39,9 @@ class SlotPolling:
         """All slots as they are now, in the order of directories and numbers."""
         found: dict[Key, SlotOverview] = {}
         self.problems = {}
-        for directory in self.directories:
-            try:
-                slots = directory.slots()
-            except HookError as error:
-                self.problems[directory.path] = str(error)
+        for directory, slots in slots_of_each(self.directories).items():
+            if isinstance(slots, HookError):
+                self.problems[directory.path] = str(slots)
                 continue
             for slot in slots:
                 key = slot.directory, slot.name
@@ -57,6 +56,13 @@ class SlotPolling:
             if gone.header is not None:
                 gone.header.close()
         return found
+
+    def slot(self, key: Key) -> Slot:
+        """One of those that `poll` has found.  Raises HookError."""
+        known = self._known.get(key)
+        if known is None:
+            raise HookError(f"slot {key[1]} is no longer published in {key[0]}")
+        return known.slot
 
     def close(self) -> None:
         for known in self._known.values():

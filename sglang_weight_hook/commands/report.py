@@ -15,7 +15,7 @@ from ..reader.ownership import process_of
 from ..reader.slot_names import some_of
 from .app import ACT, NO_ANSWER, Misused, command
 from .cores import for_each
-from .directories import directories_of
+from .directories import directories_of, slots_of_each
 from .options import AllowStaleOption, DirsOption, JsonOption, NoHeadersOption, OutputOption
 from .output import asked_form
 from .render.output import TABLE, WIDE, Form, print_answer
@@ -107,21 +107,21 @@ def _accounted(asked: list[Directory], count_stale: bool) -> tuple[list[_Account
     """
     slots: list[Slot] = []
     unreadable = 0
-    for found in asked:
-        try:
-            slots += found.slots()
-        except HookError as error:
+    for found, listed in slots_of_each(asked).items():
+        if isinstance(listed, HookError):
             if len(asked) == 1:
-                raise
-            complain(f"{found.path} is left out: {error}")
+                raise listed
+            complain(f"{found.path} is left out: {listed}")
             unreadable += 1
+        else:
+            slots += listed
     processes = _Processes(slots)
     return for_each(functools.partial(_accounted_slot, count_stale, processes), slots), unreadable
 
 
 def _accounted_slot(count_stale: bool, processes: _Processes, slot: Slot) -> _Accounted:
     """With a document that is soon handed from one process to another."""
-    found = _Accounted(slot, count_stale)
+    found = _Accounted(slot, count_stale, processes.has_only(slot))
     if found.document is not None and processes.has_only(slot):
         found.document = totals.without_tensors(found.document)
     return found
@@ -145,7 +145,8 @@ class _Processes:
             state = slot.read_state()
         except HookError:
             return None
-        return (state.get("hostname"), *process_of(state))
+        # As text: who writes something else there is not to be trusted to write what has a hash.
+        return tuple(map(str, (state.get("hostname"), *process_of(state))))
 
 
 def _tell_exited(slots: list[_Accounted]) -> None:
@@ -169,7 +170,7 @@ def _tell_exited(slots: list[_Accounted]) -> None:
 class _Accounted:
     """A slot with its document, or with why it is left out; an unreadable one stops no other."""
 
-    def __init__(self, slot: Slot, count_stale: bool) -> None:
+    def __init__(self, slot: Slot, count_stale: bool, is_alone: bool) -> None:
         self.name = slot.name
         self.directory = slot.directory
         self.alive: Optional[bool] = None
@@ -179,7 +180,7 @@ class _Accounted:
         try:
             self.alive = slot.owner_alive()
             if self.alive or count_stale:
-                document = slot.read()
+                document = slot.read_for_sums(is_alone)
                 totals.per_gpu([document])  # raises where the sums would
                 self.document = document
             else:
@@ -257,12 +258,15 @@ def _picture(asked: list[Directory], count_stale: bool) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    slots, told = [], []
-    for found in asked:
-        try:
-            slots += [_Accounted(slot, count_stale) for slot in found.slots()]
-        except HookError as error:
-            told.append(str(error))
+    found: list[Slot] = []
+    told: list[str] = []
+    for listed in slots_of_each(asked).values():
+        if isinstance(listed, HookError):
+            told.append(str(listed))
+        else:
+            found += listed
+    processes = _Processes(found)
+    slots = [_Accounted(slot, count_stale, processes.has_only(slot)) for slot in found]
     for slot in slots:
         why = slot.why_not if slot.document is None else why_stale(slot.document)
         if why is not None:

@@ -8,9 +8,10 @@ import os
 from typing import Any, Optional
 
 from ..layout.states import READY
-from ..reader import Directory, Document, HookError, Slot, Tensor, open_directory, open_file
+from ..reader import Directory, Document, HookError, Slot, Tensor, open_file
 from ..reader.slot_names import slot_named, some_of
 from .app import ACT, Misused
+from .directories import directory_at
 from .render.text import complain, printable
 
 
@@ -18,7 +19,7 @@ def document_of(directory: Optional[str], slot: Optional[str]) -> Document:
     """The document of a slot, of the only slot, or of a saved file."""
     if slot is not None and is_path(slot):
         return open_file(slot)
-    found = open_directory(directory)
+    found = directory_at(directory)
     slots = slots_in(found)
     if slot is None:
         if len(slots) > 1:

@@ -7,10 +7,11 @@ from typing import Annotated, NamedTuple, Optional
 
 import typer
 
-from ..reader import Slot, open_directory, open_file, verify
+from ..reader import Slot, open_file, verify
 from ..reader.findings import Finding
 from .app import ACT, Misused, command
 from .cores import for_each
+from .directories import directory_at
 from .options import DirOption, JsonOption
 from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
@@ -51,9 +52,9 @@ def verify_(
             raise Misused("--live asks the owner of a slot, a saved file has none; name a slot")
         answers = [_answer(verify.verify_file(open_file(slot)))]
     elif slot is not None:
-        answers = [_verify(live, open_directory(directory).slot(slot))]
+        answers = [_verify(live, directory_at(directory).slot(slot))]
     else:
-        found = open_directory(directory)
+        found = directory_at(directory)
         answers = for_each(functools.partial(_verify, live), slots_in(found))
     findings = [finding for answer in answers for finding in answer.findings]
     good = not findings if strict else all(answer.good for answer in answers)

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..reader import Change, Directory, HookError, open_directory
+from ..reader import Change, Directory, HookError
 from .app import ACT, command
+from .directories import directory_at
 from .options import DirOption
 from .render.event import event_parts
 from .render.text import clock, complain, print_line, printable
@@ -54,7 +55,7 @@ def watch(
     share a line.  Exit status 3 if --timeout ends it before --count is reached.
     """
     seen = 0
-    found = open_directory(directory)
+    found = directory_at(directory)
     _say_what_is_waited_for(found, slot)
     try:
         for change in found.events(timeout):

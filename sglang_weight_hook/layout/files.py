@@ -11,6 +11,7 @@ DOCUMENTS = (
     "weight_layout_{}.json",
     "weight_state_{}.json",
 )
+LEGACY = DOCUMENTS[:4]
 WEIGHTS_META, TOTAL_META, SUMMARY, MERGED, LAYOUT, STATE = DOCUMENTS
 SAVING_LOCK = "weight_saving_{}.lock"
 OWNER_LOCK = "weight_owner_{}.lock"

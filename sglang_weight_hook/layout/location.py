@@ -10,6 +10,20 @@ DIRECTORY = "SGLANG_WEIGHT_HOOK_DIR"
 DEFAULT_DIRECTORY = "weights_metadata"
 
 
+# What stands before :// in the address of a node agent, or of a registry of agents.
+URL_SCHEMES = ("http", "https", "etcd", "etcds")
+
+
+def is_url(value: str) -> bool:
+    """Whether ``value`` is no path but the address of a node agent or of a registry.
+
+    >>> is_url("https://node1:8770"), is_url("etcd://a:2379,b:2379"), is_url("maps/http")
+    (True, True, False)
+    """
+    scheme, mark, _ = value.partition("://")
+    return bool(mark) and scheme.lower() in URL_SCHEMES
+
+
 def directory_from(value: Optional[str], base: str) -> str:
     """Absolute output directory for a value of ``SGLANG_WEIGHT_HOOK_DIR``.
 

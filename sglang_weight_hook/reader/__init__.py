@@ -32,6 +32,7 @@ from .errors import (
     NotReady,
     OwnerGone,
     Stale,
+    Unreachable,
 )
 from .header import HeaderReader
 from .history import History, PastEvent
@@ -66,6 +67,7 @@ __all__ = [
     "SpanIndex",
     "Stale",
     "Tensor",
+    "Unreachable",
     "compare",
     "layer_of",
     "open_directory",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, Optional
 
 from ..layout import location
@@ -52,6 +52,11 @@ class Directory:
     def __init__(self, path: str) -> None:
         self.path = file_name(path)
 
+    @property
+    def place(self) -> str:
+        """The same for every path that leads to this directory."""
+        return os.path.realpath(self.path)
+
     def slots(self) -> list[Slot]:
         """All slots with a state file: 0, 0_draft, 1, 2, 10, ...  Raises HookError."""
         matches = (_STATE_NAME.match(name) for name in self._names())
@@ -60,6 +65,13 @@ class Directory:
 
     def slot(self, name: str) -> Slot:
         return Slot(self.path, name)
+
+    def slots_at(self, addresses: Collection[int]) -> list[Slot]:
+        """Those that may have something at one of the addresses: all, for their documents are here.
+
+        Raises HookError.
+        """
+        return self.slots()
 
     def histories(self, since: Optional[float] = None, kind: Optional[str] = None) -> list[History]:
         """The event log of each slot that has one, in the order of `slots`; see `Slot.history`.
@@ -87,7 +99,7 @@ class Directory:
                     before, lived = known.get(name, (None, False))
                     try:
                         alive = slot.owner_alive()  # before the look: the last publication counts
-                        state = slot._state_if_any()
+                        state = slot.state_if_any()
                     except HookError as error:
                         known.setdefault(name, (None, False))
                         if problems.get(name) != str(error):
@@ -127,8 +139,18 @@ class Directory:
 
 
 def open_directory(path: Optional[str] = None) -> Directory:
-    """The directory ``path``, else that of ``SGLANG_WEIGHT_HOOK_DIR``, else the default."""
+    """The directory ``path``, else that of ``SGLANG_WEIGHT_HOOK_DIR``, else the default.
+
+    Also the URL of a node agent (``https://node:8770``, ``http://…``) or of a registry of many
+    (``etcd://host:2379,host2:2379``, ``etcds://…`` with TLS): see docs/fleet.md.  What cannot be
+    done from afar raises HookError, an agent that does not answer `Unreachable`.
+    """
     value = path if path is not None else os.environ.get(location.DIRECTORY)
+    if value is not None and location.is_url(value):
+        # The other way round as a rule: fleet is built on the reader.
+        from ..fleet.opening import open_url
+
+        return open_url(value)
     return Directory(location.directory_from(value, os.getcwd()))
 
 

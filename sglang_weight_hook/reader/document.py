@@ -120,6 +120,7 @@ class Document:
         which it may be read.  Raises HookError: `Changed` where the weights are no longer the
         document's, `NotReadable` where they cannot be reached.
         """
+        self.slot.require_local("the bytes behind a map")
         # The other way round as a rule: memory is built on the reader.
         from ..memory import Memory
 
@@ -230,7 +231,7 @@ class Document:
         if not self.is_live or not self.slot.owner_alive():
             return False
         # In this order: who owns the slot has removed its predecessor's documents before.
-        state = self.slot._state_if_any()
+        state = self.slot.state_if_any()
         return (
             state is not None
             and process_of(state) == process_of(self.state)

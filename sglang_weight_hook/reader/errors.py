@@ -11,6 +11,10 @@ class Stale(HookError):
     """What was asked for is not true any more, or not at the moment: look again before acting."""
 
 
+class Unreachable(HookError):
+    """A node agent or a registry did not answer: what it knows is unknown, and so not good."""
+
+
 class ControlError(HookError):
     """The owner of a slot could not be asked, or has no answer that can be relied on."""
 

@@ -75,10 +75,13 @@ class History:
             event = None if line is None else _event(self.slot, line)
             if event is None:
                 self.skipped += 1
-            elif (self._since is None or event.at >= self._since) and (
-                self._kind is None or fnmatch.fnmatchcase(event.kind, self._kind)
-            ):
+            elif self._is_wanted(event):
                 yield event
+
+    def _is_wanted(self, event: PastEvent) -> bool:
+        return (self._since is None or event.at >= self._since) and (
+            self._kind is None or fnmatch.fnmatchcase(event.kind, self._kind)
+        )
 
 
 def _open(path: str) -> Optional[BinaryIO]:
@@ -113,6 +116,11 @@ def _event(slot: str, line: bytes) -> Optional[PastEvent]:
         raw = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    return event_of(slot, raw)
+
+
+def event_of(slot: str, raw: Any) -> Optional[PastEvent]:
+    """The event that one line of a log is; None where it is none."""
     if not isinstance(raw, dict):
         return None
     at, kind = raw.get("updated_at"), raw.get("kind")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..layout import files
 from ..layout.documents import SCHEMA
 from .errors import HookError
 from .files import check_schema, open_regular, read_json
-from .slot import Slot
+
+if TYPE_CHECKING:
+    from .slot import Slot
 
 _FIRST_BYTES = 16 * 1024
 _MOST_BYTES = 1024 * 1024  # ahead of the tensors is also a list of the KV cache's buffers

@@ -19,9 +19,11 @@ from .control import Check
 from .conversation import gone
 from .document import Document
 from .errors import Busy, HookError, NotReady
-from .files import check_schema, file_name, open_regular, read_json
+from .files import check_schema, file_name, open_regular, read_json, read_value
+from .findings import Unreadable
 from .header import HeaderReader
 from .history import History
+from .layout_start import start_of_layout
 from .ownership import ABSENT, UNKNOWN, Liveness, liveness, lock_at, process_of, same_instance
 from .watch import DirectoryWatch
 
@@ -41,6 +43,9 @@ _LEAST_CHECK_TIMEOUT = 0.1
 
 class Slot:
     """One runner's published files.  Opening reads nothing yet."""
+
+    # Whether what it says comes over the network, from a node agent: see `open_directory`.
+    is_remote = False
 
     def __init__(self, directory: str, name: str) -> None:
         self.directory = file_name(directory)
@@ -85,7 +90,7 @@ class Slot:
             if layout is not None:
                 check_schema(layout, SCHEMA, self.path(files.LAYOUT))
                 after = self.read_state()
-                if _belong_together(before, layout, after):
+                if belong_together(before, layout, after):
                     return Document(self, layout, after)
                 if self._was_left_half_way(before, layout, after):
                     return Document(self, layout, {**after, **state_of(layout)})
@@ -97,6 +102,35 @@ class Slot:
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
+
+    def read_for_sums(self, is_alone: bool) -> Document:
+        """As `read`, for `totals` alone: of the tensors no more than that takes.
+
+        ``is_alone``: no other slot is of the same process, and so none has a storage in common
+        with this one.  Raises HookError.
+        """
+        return self.read()
+
+    def start_of_layout(self) -> dict[str, Any]:
+        """The fields of the layout ahead of its regions and tensors; empty without a layout.
+
+        Raises HookError.
+        """
+        return start_of_layout(self)
+
+    def legacy_files(self) -> Optional[dict[str, Any]]:
+        """What the files in the legacy format hold, by name; None for one that is not there.
+
+        None for all of them where they cannot be had: over the network.
+        """
+        return {name: _value_or_why_not(self.path(name)) for name in files.LEGACY}
+
+    def state_size(self) -> int:
+        """Bytes of the state document.  Raises OSError."""
+        return os.path.getsize(self.path(files.STATE))
+
+    def require_local(self, what: str) -> None:
+        """Raises HookError where ``what`` can only be had on the slot's own host: not here."""
 
     def header(self) -> Header:
         """The slot's state in its shortest form, as it is now.  Raises HookError.
@@ -162,7 +196,7 @@ class Slot:
         if lock == ABSENT:
             return liveness(lock, None, self._owners_namespace)
         try:
-            state = self._state_if_any()
+            state = self.state_if_any()
         except HookError:
             if lock == UNKNOWN:
                 raise
@@ -205,9 +239,9 @@ class Slot:
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._watching() as watch:
             if since is None:
-                known = self._state_if_any()
+                known = self.state_if_any()
             while True:
-                state = self._state_if_any()
+                state = self.state_if_any()
                 if state is not None and state != known and not self._is_known(state, known):
                     return state
                 left = LOOK_AGAIN if deadline is None else deadline - time.monotonic()
@@ -242,14 +276,14 @@ class Slot:
             deadline = None if timeout is None else time.monotonic() + timeout
             while True:
                 alive = self.owner_alive()  # before the look: what it published last counts
-                state = self._state_if_any()
+                state = self.state_if_any()
                 if state is None and seen is None and not alive:
                     self.read_state()  # raises: nobody publishes here, nor is about to
-                if state is not None and _settled(state) and _generation(state) != seen:
+                if state is not None and settled(state) and generation_of(state) != seen:
                     left = 10.0 if deadline is None else deadline - time.monotonic()
                     document = self.read(max(left, 0.0))
-                    if _settled(document.state) and _generation(document.state) != seen:
-                        seen = _generation(document.state)
+                    if settled(document.state) and generation_of(document.state) != seen:
+                        seen = generation_of(document.state)
                         yield document
                         deadline = None if timeout is None else time.monotonic() + timeout
                         continue
@@ -275,7 +309,7 @@ class Slot:
         """Whether a process has claimed the slot and has not written its first state yet."""
         return not os.path.lexists(self.path(files.STATE)) and self.owner_alive()
 
-    def _state_if_any(self) -> Optional[dict[str, Any]]:
+    def state_if_any(self) -> Optional[dict[str, Any]]:
         """The state document, or None where there is none (now)."""
         try:
             return self.read_state()
@@ -380,11 +414,18 @@ def state_of(layout: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _settled(state: Mapping[str, Any]) -> bool:
+def _value_or_why_not(path: str) -> Any:
+    try:
+        return read_value(path)
+    except HookError as error:
+        return Unreadable(str(error))
+
+
+def settled(state: Mapping[str, Any]) -> bool:
     return bool(state["state"] != "updating")
 
 
-def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
+def generation_of(state: dict[str, Any]) -> tuple[Any, ...]:
     fields = (
         "instance",
         "layout_generation",
@@ -396,7 +437,7 @@ def _generation(state: dict[str, Any]) -> tuple[Any, ...]:
     return (*process_of(state), *(state.get(field) for field in fields))
 
 
-def _belong_together(before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]) -> bool:
+def belong_together(before: dict[str, Any], layout: dict[str, Any], after: dict[str, Any]) -> bool:
     owner = layout["identity"]
     return (
         before["layout_generation"] == layout["layout_generation"] == after["layout_generation"]

@@ -19,7 +19,7 @@ from .errors import HookError
 from .files import read_value
 from .findings import ERROR as ERROR
 from .findings import WARNING as WARNING
-from .findings import Finding, Remark, Unreadable, limited
+from .findings import Finding, Remark, limited
 from .legacy import legacy_files
 from .schema_checker import Checker
 from .slot import Slot
@@ -57,10 +57,10 @@ def verify_slot(slot: Slot, timeout: float = 10.0, live: bool = False) -> Verdic
         found = verify_document(document)
         if not _has_errors(found):
             found += _generations(document)
-            if document.state["state"] != "updating":
+            if contents is not None and document.state["state"] != "updating":
                 found += legacy_files(document, contents)
         remarks += found
-        size = os.path.getsize(slot.path(files.STATE))
+        size = slot.state_size()
         if size > STATE_LIMIT:
             remarks.append((ERROR, "state", f"the state document has {size} bytes, 2048 at most"))
     except (HookError, OSError) as error:
@@ -111,12 +111,12 @@ def _has_errors(remarks: list[Remark]) -> bool:
 # --- reading ------------------------------------------------------------------------------
 
 
-def _read_everything(slot: Slot, timeout: float) -> tuple[Document, dict[str, Any]]:
+def _read_everything(slot: Slot, timeout: float) -> tuple[Document, Optional[dict[str, Any]]]:
     """All documents of one publication; of an update under way if that outlasts ``timeout``."""
     deadline = time.monotonic() + timeout
     while True:
         document = slot.read(timeout)
-        contents = {name: _load(slot.path(name)) for name in files.DOCUMENTS[:4]}
+        contents = slot.legacy_files()
         late = time.monotonic() >= deadline
         if slot.read_state() == document.state and (document.state["state"] != "updating" or late):
             return document, contents
@@ -126,14 +126,6 @@ def _read_everything(slot: Slot, timeout: float) -> tuple[Document, dict[str, An
                 f"more than {timeout:g} s"
             )
         time.sleep(0.02)
-
-
-def _load(path: str) -> Any:
-    """A JSON file; None where there is none."""
-    try:
-        return read_value(path)
-    except HookError as error:
-        return Unreadable(str(error))
 
 
 # --- owner, state, generations ------------------------------------------------------------
@@ -256,7 +248,10 @@ def _schema(document: Any, name: str) -> Iterator[Remark]:
 def _checker(path: str) -> Optional[Checker]:
     """The schema at ``path``, made ready once; None where there is none."""
     if path not in _checkers:
-        schema = _load(path)
+        try:
+            schema = read_value(path)
+        except HookError:
+            return None
         if not isinstance(schema, dict):
             return None
         _checkers[path] = Checker(schema)

@@ -345,7 +345,7 @@ class LiveView(App[None]):
 
         def read() -> None:
             try:
-                found = listing(Slot(*key))
+                found = listing(self.polling.slot(key))
             except HookError as error:
                 self.call_from_thread(self.notify, printable(error), severity="error", markup=False)
             else:

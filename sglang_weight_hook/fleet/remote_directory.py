@@ -1,0 +1,304 @@
+"""The slots of one agent, or of all agents in a registry, as one directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Optional, Union
+
+from ..reader import Change, Directory, History, HookError, Slot
+from ..reader.directory import slot_order
+from ..reader.gathering import gather
+from ..reader.slot import LOOK_AGAIN
+from .access import Access
+from .registry_reading import Registered, Registry
+from .remote_agent import LISTING_TIMEOUT, LOOKUP_TIMEOUT, Listing, NoAgent, RemoteAgent
+from .remote_events import Follower, Told
+from .remote_slot import RemoteSlot
+
+Key = tuple[str, str]  # URL of the agent, id of the slot there
+
+
+class Member(NamedTuple):
+    """A slot that belongs to a directory, whether or not its agent answers."""
+
+    agent: RemoteAgent
+    id: str
+    name: str
+    failure: Optional[HookError] = None
+
+
+class RemoteDirectory(Directory):
+    """What one agent and a registry of agents have in common.
+
+    Defines every method of `Directory` anew: none of them reads a file.
+    """
+
+    @property
+    def place(self) -> str:
+        return self.path
+
+    def slots(self) -> list[Slot]:
+        """Every slot; one whose agent does not answer raises `Unreachable` when it is read."""
+        return list(self._remote_slots())
+
+    def _remote_slots(self) -> list[RemoteSlot]:
+        members = self._members()
+        return [
+            RemoteSlot(one.agent, one.id, one.name, one.failure)
+            for one in sorted(members, key=lambda one: slot_order(one.name))
+        ]
+
+    def slot(self, name: str) -> Slot:
+        raise NotImplementedError
+
+    def slots_at(self, addresses: Collection[int]) -> list[Slot]:
+        """The slots that have something at one of the addresses, and those that nobody answers for.
+
+        Each agent looks into its own documents.  Raises HookError.
+        """
+        slots = self._remote_slots()
+        if len(slots) == 1 or len(addresses) > MOST_ADDRESSES:
+            return list(slots)
+        agents = {slot.agent.url: slot.agent for slot in slots if slot.failure is None}
+
+        def asked(agent: RemoteAgent) -> Callable[[], dict[str, Optional[str]]]:
+            return lambda: _united(agent.ids_at(address) for address in addresses)
+
+        found = gather(
+            {url: asked(agent) for url, agent in agents.items()}, LOOKUP_TIMEOUT * len(addresses)
+        )
+        kept: list[Slot] = []
+        for slot in slots:
+            answer = found.get(slot.agent.url, {})
+            if isinstance(answer, HookError):
+                slot.fail(answer)
+            elif (problem := answer.get(slot.id)) is not None:
+                slot.fail(HookError(f"{slot.directory} cannot look into it: {problem}"))
+            elif slot.id not in answer and slot.failure is None:
+                continue
+            kept.append(slot)
+        return kept
+
+    def histories(self, since: Optional[float] = None, kind: Optional[str] = None) -> list[History]:
+        """The events of each slot that is listed now; see `Directory.histories`."""
+        return [slot.history(since, kind) for slot in self.slots()]
+
+    def events(self, timeout: Optional[float] = None) -> Iterator[Change]:
+        """First every slot as it is, then every change, as the agents tell them at once.
+
+        Of an agent that stops to answer every slot has a problem; it is asked again.
+        Ends after ``timeout`` seconds; None: never.  Raises HookError.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        following = _Following(self)
+        try:
+            while True:
+                following.renew()
+                left = LOOK_AGAIN if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    return
+                yield from following.changes(min(left, LOOK_AGAIN))
+        finally:
+            following.follower.close()
+
+    # -- what the two differ in
+
+    def _members(self) -> list[Member]:
+        """Every slot that there is.  Raises HookError."""
+        raise NotImplementedError
+
+    def _agents(self) -> list[RemoteAgent]:
+        """Whom to follow, also where they do not answer.  Raises HookError."""
+        raise NotImplementedError
+
+    def name_of(self, agent: RemoteAgent, id: str) -> str:
+        """What a slot of an agent is called here."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path!r}>"
+
+
+# More addresses than these are looked up in documents that are read once.
+MOST_ADDRESSES = 16
+
+
+class AgentDirectory(RemoteDirectory):
+    """The slots of one agent."""
+
+    def __init__(self, url: str, access: Access) -> None:
+        self.agent = RemoteAgent(url, access)
+        super().__init__(self.agent.url)
+
+    def slot(self, name: str) -> Slot:
+        return RemoteSlot(self.agent, name)
+
+    def _members(self) -> list[Member]:
+        listing = self.agent.listing()
+        found = [Member(self.agent, id, id) for id in listing.entries]
+        if not found and listing.problems:
+            raise HookError(listing.problems[0])
+        # What the agent cannot read is a part of what was asked for: it has a line of its own.
+        for number, problem in enumerate(listing.problems, 1):
+            name = f"(unreadable directory {number})"
+            found.append(Member(self.agent, name, name, HookError(problem)))
+        return found
+
+    def _agents(self) -> list[RemoteAgent]:
+        return [self.agent]
+
+    def name_of(self, agent: RemoteAgent, id: str) -> str:
+        return id
+
+
+class RegistryDirectory(RemoteDirectory):
+    """The slots of every agent that a registry names: ``{hostname}:{id of the slot there}``."""
+
+    def __init__(self, path: str, registry: Registry, access: Access) -> None:
+        super().__init__(path)
+        self._registry = registry
+        self._access = access
+        self._by_url: dict[str, RemoteAgent] = {}
+        self._called: dict[Key, str] = {}
+
+    def slot(self, name: str) -> Slot:
+        for one in self._members():
+            if one.name == name:
+                return RemoteSlot(one.agent, one.id, one.name, one.failure)
+        raise HookError(
+            f"no slot {name} is registered in {self.path}; a slot there is called HOST:SLOT"
+        )
+
+    def _members(self) -> list[Member]:
+        rows = self._registry.slots()
+        agents = self._agents_of(rows)
+        known = [agent for agent in agents.values() if isinstance(agent, RemoteAgent)]
+        listings = gather({agent.url: agent.listing for agent in known}, LISTING_TIMEOUT + 1.0)
+        return [self._member(row, agents, listings) for row in rows]
+
+    def _member(
+        self,
+        row: Registered,
+        agents: Mapping[str, Union[RemoteAgent, HookError]],
+        listings: Mapping[str, Union[Listing, HookError]],
+    ) -> Member:
+        agent = HookError(f"{row.name}: {row.problem}") if row.url is None else agents[row.url]
+        if isinstance(agent, HookError):
+            return Member(NoAgent(self.path, str(agent)), row.id, row.name, agent)
+        listing = listings[agent.url]
+        failure: Optional[HookError] = None
+        if isinstance(listing, HookError):
+            failure = listing
+        elif row.id not in listing.entries:
+            failure = HookError(
+                f"slot {row.name} is registered, and its agent at {agent.url} does not have it: "
+                f"its server has just ended, or another agent has that address now; look again"
+            )
+        self._called[agent.url, row.id] = row.name
+        return Member(agent, row.id, row.name, failure)
+
+    def _agents_of(self, rows: Collection[Registered]) -> dict[str, Union[RemoteAgent, HookError]]:
+        found: dict[str, Union[RemoteAgent, HookError]] = {}
+        for url in dict.fromkeys(row.url for row in rows if row.url is not None):
+            try:
+                agent = self._by_url.get(url) or RemoteAgent(url, self._access, True)
+            except HookError as error:
+                found[url] = error
+            else:
+                found[url] = self._by_url[url] = agent
+        for url in self._by_url.keys() - found.keys():
+            del self._by_url[url]
+        return found
+
+    def _agents(self) -> list[RemoteAgent]:
+        rows = self._registry.slots()
+        agents = self._agents_of(rows)
+        for row in rows:
+            agent = agents.get(row.url or "")
+            if isinstance(agent, RemoteAgent):
+                self._called[agent.url, row.id] = row.name
+        return [agent for agent in agents.values() if isinstance(agent, RemoteAgent)]
+
+    def name_of(self, agent: RemoteAgent, id: str) -> str:
+        known = self._called.get((agent.url, id))
+        return known if known is not None else f"{agent.url.partition('://')[2]}:{id}"
+
+
+class _Following:
+    """The changes of all agents of a directory, and what is known of each slot."""
+
+    def __init__(self, directory: RemoteDirectory) -> None:
+        self.directory = directory
+        self.follower = Follower()
+        self._known: dict[Key, tuple[Optional[dict[str, Any]], bool]] = {}
+        self._problems: dict[Key, str] = {}
+        self._initial: Optional[set[Key]] = None
+        self._looked_at = 0.0
+
+    def renew(self) -> None:
+        """Follow whoever is there now; a registry that does not answer changes nothing."""
+        if self._initial is not None and time.monotonic() - self._looked_at < LOOK_AGAIN:
+            return
+        self._looked_at = time.monotonic()
+        try:
+            if self._initial is None:
+                self._initial = {(one.agent.url, one.id) for one in self._listed()}
+            self.follower.follow(self.directory._agents())
+        except HookError:
+            self._initial = self._initial or set()
+
+    def _listed(self) -> list[Member]:
+        try:
+            return [one for one in self.directory._members() if one.failure is None]
+        except HookError:  # nobody there yet
+            return []
+
+    def changes(self, timeout: float) -> Iterator[Change]:
+        until = time.monotonic() + timeout
+        while (told := self.follower.next(until - time.monotonic())) is not None:
+            yield from self._of(*told)
+
+    def _of(self, agent: RemoteAgent, told: Told) -> Iterator[Change]:
+        if isinstance(told, HookError):
+            for key in [key for key in self._known if key[0] == agent.url]:
+                yield from self._problem(agent, key, str(told))
+            return
+        if isinstance(told, str):
+            key = agent.url, told
+            state, lived = self._known.pop(key, (None, False))
+            self._problems.pop(key, None)
+            if lived:
+                yield Change(self._slot(agent, told), state, False, False)
+            return
+        key = agent.url, told["id"]
+        if told["problem"] is not None:
+            yield from self._problem(agent, key, told["problem"])
+            return
+        self._problems.pop(key, None)
+        before, lived = self._known.get(key, (None, False))
+        state, alive = told["state"], told["owner_alive"]
+        self._known[key] = state, alive
+        initial = key in (self._initial or ())
+        (self._initial or set()).discard(key)
+        if (state is not None and state != before) or (lived and not alive):
+            yield Change(self._slot(agent, told["id"]), state or before, alive, initial)
+
+    def _problem(self, agent: RemoteAgent, key: Key, problem: str) -> Iterator[Change]:
+        state, lived = self._known.setdefault(key, (None, False))
+        if self._problems.get(key) != problem:
+            self._problems[key] = problem
+            slot = self._slot(agent, key[1])
+            yield Change(slot, state, lived, False, f"slot {slot.name}: {problem}")
+
+    def _slot(self, agent: RemoteAgent, id: str) -> RemoteSlot:
+        return RemoteSlot(agent, id, self.directory.name_of(agent, id))
+
+
+def _united(answers: Iterable[dict[str, Optional[str]]]) -> dict[str, Optional[str]]:
+    """A slot is in it if it is in one of them; a problem in one is a problem."""
+    found: dict[str, Optional[str]] = {}
+    for answer in answers:
+        for id, problem in answer.items():
+            found[id] = found.get(id) or problem
+    return found
