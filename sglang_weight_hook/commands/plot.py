@@ -14,7 +14,7 @@ from .directories import directory_at
 from .options import AllowStaleOption, DirOption
 from .render import page
 from .render.text import complain, print_line
-from .selection import document_of, is_alive, slots_in, stale_status
+from .selection import document_of, is_alive, slots_in, stale_status_of_all
 
 
 @command(
@@ -45,16 +45,15 @@ def plot(
 ) -> int:
     """Draw the memory of all slots, or of those named, as HTML.
 
+    Exit status 3 if a slot is stale or not ready, or cannot be read and so is left out.
     The page needs no network. What follows the # of its address says what it shows:
     #search=TEXT (part of a name, a glob, an address), #path=MODULE, #slot=SLOT,
     #theme=light|dark (default: the system's), joined by &.
     """
     earlier = [open_file(path).raw for path in before] if before else None
     named = [document_of(directory, name) for name in slots or ()]
-    slots_there = [] if named else slots_in(directory_at(directory))
-    documents = named or _read(slots_there)
-    # A page without what nobody answers for looks like one of all.
-    is_partial = len(documents) < len(slots_there) and any(one.is_remote for one in slots_there)
+    asked = [] if named else slots_in(directory_at(directory))
+    documents = named or _read(asked)
     try:
         try:
             _write(documents, output, earlier)
@@ -66,8 +65,9 @@ def plot(
     except _MALFORMED as error:
         raise _malformed(error) from error
     print_line(f"{output}: {len(documents)} {'slot' if len(documents) == 1 else 'slots'}")
-    status = max(stale_status(document, allow_stale) for document in documents)
-    return ACT if is_partial else status
+    status = stale_status_of_all(documents, allow_stale)
+    # A page without some of the slots looks like one of all.
+    return ACT if len(documents) < len(asked) else status
 
 
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)

@@ -21,7 +21,7 @@ from .output import asked_form
 from .render.output import TABLE, WIDE, Form, print_answer
 from .render.table import Column
 from .render.text import complain, console, print_json, printable, remark, size_text
-from .selection import heading, stale_status, why_stale
+from .selection import heading, stale_status_of_all, why_stale
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -63,15 +63,14 @@ def report(
     status = 0
     slots, unreadable = _accounted(asked, count_stale)
     for slot in slots:
-        if slot.document is not None:
-            status = max(status, stale_status(slot.document, allow_stale))
-        elif slot.is_unreadable:
+        if slot.is_unreadable:
             complain(f"slot {slot.name} in {slot.directory} is left out: {slot.why_not}")
             unreadable += 1
-        elif not allow_stale:
+        elif slot.document is None and not allow_stale:
             status = ACT
     _tell_exited([slot for slot in slots if slot.document is None and not slot.is_unreadable])
     counted = [slot.document for slot in slots if slot.document is not None]
+    status = max(status, stale_status_of_all(counted, allow_stale))
     if unreadable:
         # The sums of the others are true, and not of all that was asked for.
         if not counted:

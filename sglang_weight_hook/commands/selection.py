@@ -110,6 +110,27 @@ def stale_status(document: Document, allow_stale: bool = False) -> int:
     return 0 if allow_stale else ACT
 
 
+def stale_status_of_all(documents: list[Document], allow_stale: bool = False) -> int:
+    """As `stale_status`; many slots whose owners have exited are named in one line a directory."""
+    exited: dict[str, list[str]] = {}
+    others = []
+    for document in documents:
+        if is_alive(document) is False:
+            exited.setdefault(document.slot.directory, []).append(document.slot.name)
+        else:
+            others.append(document)
+    if sum(map(len, exited.values())) < 2:
+        return max((stale_status(each, allow_stale) for each in documents), default=0)
+    for place, names in exited.items():
+        slots = "slot" if len(names) == 1 else "slots"
+        complain(
+            f"{slots} {some_of(names)} in {place}: stale, for the owner has exited, so that the "
+            f"addresses are invalid; start the server again"
+        )
+    status = max((stale_status(each, allow_stale) for each in others), default=0)
+    return status if allow_stale else ACT
+
+
 def why_stale(document: Document) -> Optional[str]:
     """Why the answers of a document are not good now; None where they are, or it is a copy."""
     name, state = document.slot.name, document.state

@@ -52,9 +52,11 @@ def watch(
     """Print a line for each completed event, until Ctrl-C.
 
     Starts with a line for the present state of each slot.  Events in quick succession may
-    share a line.  Exit status 3 if --timeout ends it before --count is reached.
+    share a line.  Exit status 3 if --timeout ends it before --count is reached, or if a slot cannot
+    be read and so is left out.
     """
     seen = 0
+    left_out: set[str] = set()
     found = directory_at(directory)
     _say_what_is_waited_for(found, slot)
     try:
@@ -63,7 +65,9 @@ def watch(
                 continue
             if change.problem is not None:
                 complain(change.problem)
+                left_out.add(change.slot.name)
                 continue
+            left_out.discard(change.slot.name)
             finished = not change.alive or inside(change.state, "event", "success") is not None
             if not (finished or all_events or begins or change.initial):
                 continue
@@ -74,10 +78,10 @@ def watch(
             sys.stdout.flush()  # a pipe gets each line at once
             seen += finished and not change.initial
             if count is not None and seen >= count:
-                return 0
+                return ACT if left_out else 0
     except KeyboardInterrupt:
-        return 0
-    return ACT if count is not None else 0
+        return ACT if left_out else 0
+    return ACT if left_out or count is not None else 0
 
 
 def _say_what_is_waited_for(found: Directory, slot: Optional[str]) -> None:
