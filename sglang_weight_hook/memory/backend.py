@@ -32,5 +32,8 @@ class Backend(Protocol):
         nothing at these addresses any more.
         """
 
+    def buffer(self, size: int) -> memoryview:
+        """Memory for ``fetch`` to fill: that in which it takes the least time."""
+
     def close(self) -> None:
         """Let go of everything; called once."""

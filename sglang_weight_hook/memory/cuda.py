@@ -150,6 +150,9 @@ class CudaMemory:
             return None  # it lies in several allocations that are not side by side here
         return dlpack.View(tensor, found.address_of(tensor.ptr), device, self._views)
 
+    def buffer(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
+
     def fetch(self, runs: Sequence[Run], target: memoryview) -> None:
         assert self._transfer is not None
         assert self._owner is not None

@@ -15,3 +15,7 @@ class Changed(Stale):
 
 class NotReadable(HookError):
     """The memory cannot be reached from here; the message says what is missing."""
+
+
+class TransferWarning(UserWarning):
+    """A transfer will be slow, or is not needed; said before it begins."""

@@ -10,13 +10,25 @@ from ..reader import Document, HookError, Tensor
 from . import boxes
 from .backend import Backend
 from .bracket import Bracket
-from .errors import NotReadable
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
 PIECE = 8 << 20  # bytes that are fetched at a time
+
+
+class _Kept:
+    """A buffer that is used again and again, by one backend after another."""
+
+    def __init__(self) -> None:
+        self._backend: Optional[Backend] = None
+        self._buffer = memoryview(b"")
+
+    def of(self, backend: Backend, size: int) -> memoryview:
+        if backend is not self._backend or self._buffer.nbytes < size:
+            self._backend, self._buffer = backend, backend.buffer(size)
+        return self._buffer
 
 
 class Memory:
@@ -39,25 +51,28 @@ class Memory:
         document: Document,
         via: Optional[str] = None,
         allow: Collection[str] = (),
+        address: Optional[str] = None,
     ) -> None:
         """Look whether the document is still true; a way to its bytes is opened at first use.
 
-        ``via``: ``process``, ``cuda`` or ``owner``; None takes for each tensor the first that
-        reaches it.  ``allow``: further states of the slot than ``ready`` in which it may be
-        read.  Raises HookError.
+        ``via``: ``process``, ``cuda``, ``owner``, ``mooncake`` or ``nixl``; None takes for each
+        tensor the first that reaches it, a transfer engine only where the owner is on another
+        machine.  ``allow``: further states of the slot than ``ready`` in which it may be read.
+        ``address``: ``host`` or ``host:port`` of the server's mooncake, instead of the one that
+        it has published.  Raises HookError.
         """
         from . import backends
 
-        if not document.is_live:
-            raise NotReadable(
-                "a saved copy of a map has no memory behind it; open the slot with open_slot()"
-            )
-        self.document = document
-        self._bracket = Bracket(document, allow)
-        self._backends = backends.Backends(document, via)
+        self.document = backends.readable(document, via)
+        self._backends = backends.Backends(self.document, via, address)
+        try:
+            self._bracket = Bracket(self.document, allow, self._backends.header())
+        except BaseException:
+            self._backends.close()
+            raise
         # Kept, for the kernel takes longer to give new pages than to fill old ones.
-        self._scratch = bytearray()  # what was fetched and is not in order yet
-        self._piece = bytearray()  # what `pieces` hands out
+        self._scratch = _Kept()  # what was fetched and is not in order yet
+        self._piece = _Kept()  # what `pieces` hands out
         self._closed = False
 
     # -- reading
@@ -108,9 +123,7 @@ class Memory:
         tensor = self.document.tensor(name)
         backend = self._backend_of(tensor)
         size = min(max(limit, tensor.itemsize), tensor.size)
-        if len(self._piece) < size:
-            self._piece = bytearray(size)
-        buffer = memoryview(self._piece)
+        buffer = self._piece.of(backend, size)
         for box in boxes.boxes(tensor, limit):
             target = buffer[: box.size]
             with self._bracket.read():
@@ -155,7 +168,7 @@ class Memory:
         self._bracket.check()
 
     def via(self, name: str) -> str:
-        """Which way the bytes of a tensor come: ``process``, ``cuda`` or ``owner``."""
+        """Which way a tensor comes: `process`, `cuda`, `owner`, `mooncake` or `nixl`."""
         return self._backend_of(self.document.tensor(name)).name
 
     # -- how
@@ -178,9 +191,7 @@ class Memory:
         if fetch.is_in_order:
             backend.fetch(runs, target)
             return
-        if len(self._scratch) < fetch.size:
-            self._scratch = bytearray(fetch.size)
-        fetched = memoryview(self._scratch)[: fetch.size]
+        fetched = self._scratch.of(backend, fetch.size)[: fetch.size]
         backend.fetch(runs, fetched)
         boxes.gather(box, fetch, fetched, target)
 

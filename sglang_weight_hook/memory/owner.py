@@ -68,6 +68,9 @@ class OwnerMemory:
                 raise
             start += size
 
+    def buffer(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
+
     def _ask(self, runs: Sequence[Run]) -> None:
         """Have the runs copied; their bytes follow.
 

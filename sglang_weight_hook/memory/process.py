@@ -72,6 +72,9 @@ class ProcessMemory:
         if not self._is_there():
             raise self._gone()
 
+    def buffer(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
+
     def _read(self, runs: Sequence[Run], target: memoryview, size: int) -> None:
         if not size:
             return

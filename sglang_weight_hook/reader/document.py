@@ -107,7 +107,12 @@ class Document:
             return None
         return value
 
-    def open_memory(self, via: Optional[str] = None, allow: Collection[str] = ()) -> Memory:
+    def open_memory(
+        self,
+        via: Optional[str] = None,
+        allow: Collection[str] = (),
+        address: Optional[str] = None,
+    ) -> Memory:
         """The bytes behind this document, to be read from outside.
 
             with slot.weights_held():
@@ -115,16 +120,19 @@ class Document:
                 with document.open_memory() as memory:
                     memory.array("lm_head.weight")
 
-        ``via``: insist on one way to the memory (`process`, `cuda`, `owner`); None takes for each
-        tensor the first that reaches it.  ``allow``: further states of the slot than ``ready`` in
-        which it may be read.  Raises HookError: `Changed` where the weights are no longer the
-        document's, `NotReadable` where they cannot be reached.
+        ``via``: insist on one way to the memory (`process`, `cuda`, `owner`; through a transfer
+        engine in the server, also from another machine: `mooncake`, `nixl`); None takes for each
+        tensor the first that reaches it, an engine only where the owner is on another machine.
+        ``allow``: further states of the slot than ``ready`` in which it may be read.  ``address``:
+        ``host`` or ``host:port`` of the server's mooncake, instead of the one that it has
+        published.  Raises HookError: `Changed` where the weights are no longer the document's,
+        `NotReadable` where they cannot be reached.
         """
         self.slot.require_local("the bytes behind a map")
         # The other way round as a rule: memory is built on the reader.
         from ..memory import Memory
 
-        return Memory(self, via, allow)
+        return Memory(self, via, allow, address)
 
     # -- as typed objects
 

@@ -1,0 +1,169 @@
+"""The memory of a server on a trusted network, read with Mooncake's transfer engine.
+
+Needs the subscriber `mooncake` in the server.  The engine of this process listens, too, on all
+interfaces and without authentication (docs/transfer.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Optional
+
+from ..layout.transport_document import MOONCAKE
+from ..layout.variables import DEFAULT_TRANSFER_HOST, MOONCAKE_DEVICE, TRANSFER_HOST
+from ..reader import Document
+from .engine import EngineMemory, Read
+from .errors import NotReadable
+from .staging import Buffer
+from .transport import Transport, session_of
+
+NAME = MOONCAKE
+
+_TIMEOUT = 15.0  # seconds, for the first answer of a server
+# What Mooncake is told where the environment does not say otherwise.  It logs failures that are
+# told here as exceptions; and it waits 30 s for a server that is stopped.
+_SETTINGS = {
+    "GLOG_minloglevel": "3",
+    "MC_LOG_LEVEL": "ERROR",
+    "MC_TCP_STATUS_TIMEOUT_SEC": "10",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "10",
+    "MC_HANDSHAKE_CONNECT_TIMEOUT": "10",
+    "MC_TRANSFER_TIMEOUT": "600",
+}
+
+# Connections that nobody uses now, by what they are good for: an engine keeps what it has learned
+# of a server, which the next runner there makes untrue.
+_idle: dict[Any, _Connection] = {}
+_IDLE = 4
+# Of calls that have not come back, with what they may write into.
+_stuck: list[Any] = []
+
+
+class MooncakeMemory(EngineMemory):
+    """Reads through Mooncake."""
+
+    name = NAME
+
+    def __init__(self, document: Document, address: Optional[str] = None) -> None:
+        """Connect.  Raises NotReadable and Changed."""
+        super().__init__(document, address, _connected)
+
+
+class _Connection:
+    most_reads = 128  # it has a queue of some thousand, and gives up where that is full
+
+    def __init__(self, session: str, protocol: str, key: Any) -> None:
+        self.key = key
+        self._session = session
+        self.writes_anywhere = protocol == "tcp"
+        self._engine = _engine(protocol)
+        self._buffers: list[Buffer] = []
+        self._has_answered = False
+
+    def register(self, buffer: Buffer) -> None:
+        self._buffers.append(buffer)
+        if self.writes_anywhere:
+            return
+        if self._engine.register_memory(buffer.address, buffer.size) != 0:
+            raise NotReadable(
+                f"mooncake cannot register {buffer.size} bytes of this process for RDMA; see its "
+                f"messages with GLOG_minloglevel=0, and ulimit -l"
+            )
+
+    def read(self, reads: Sequence[Read], is_header: bool = False) -> None:
+        local, remote, sizes = zip(*reads)
+
+        def call() -> int:
+            return int(
+                self._engine.batch_transfer_sync_read(
+                    self._session, list(local), list(remote), list(sizes)
+                )
+            )
+
+        if self._has_answered:
+            code = call()
+        else:
+            code = _within(_TIMEOUT, call, (self, self._session))
+        if code != 0:
+            raise NotReadable(
+                f"mooncake could not read from {self._session} (it answers {code}): the server has "
+                f"exited, is stopped or has withdrawn the memory, or a firewall is in between; "
+                f"GLOG_minloglevel=0 shows what mooncake says"
+            )
+        self._has_answered = True
+
+    def close(self, is_good: bool) -> None:
+        for buffer in self._buffers[1:] if is_good else ():
+            if not self.writes_anywhere:
+                self._engine.unregister_memory(buffer.address)
+        del self._buffers[1:]
+        if is_good and len(_idle) < _IDLE:
+            _idle[self.key] = self
+
+
+def _connected(
+    transport: Transport, document: Document, address: Optional[str], may_be_old: bool
+) -> _Connection:
+    session = session_of(document, transport, address)
+    key = (
+        *(os.getpid(), threading.get_ident(), session),
+        *(document.instance, document.layout_generation, document.physical_epoch),
+    )
+    known = _idle.pop(key, None)
+    if known is not None and may_be_old:
+        return known
+    return _Connection(session, transport.protocol, key)
+
+
+def _engine(protocol: str) -> Any:
+    """A new engine.  Raises NotReadable."""
+    with _settings():
+        try:
+            from mooncake.engine import TransferEngine
+        except ImportError as error:
+            raise NotReadable(
+                f"mooncake cannot be imported ({error}); pip install "
+                f"mooncake-transfer-engine-non-cuda (on a GPU machine mooncake-transfer-engine), "
+                f"and Debian's libibverbs1, librdmacm1, libnl-3-200, libnl-route-3-200 and libnuma1"
+            ) from error
+        engine = TransferEngine()
+        host = os.environ.get(TRANSFER_HOST) or DEFAULT_TRANSFER_HOST
+        device = os.environ.get(MOONCAKE_DEVICE, "") if protocol == "rdma" else ""
+        if engine.initialize(host, "P2PHANDSHAKE", protocol, device) != 0:
+            raise NotReadable(
+                f"mooncake cannot start here for {protocol}; GLOG_minloglevel=0 shows why"
+            )
+    return engine
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """The environment that Mooncake reads once, when it starts; no child of ours inherits it."""
+    ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _within(seconds: float, call: Callable[[], int], of: Any) -> int:
+    """What ``call`` answers.  Raises NotReadable where it does not within ``seconds``.
+
+    It goes on in its thread then: a handshake with a process that is stopped has no time limit.
+    """
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        _stuck.append(of)
+        raise NotReadable(
+            f"the server of {of[1]} has not answered mooncake within {seconds:g} s; it is stopped, "
+            f"or a firewall is in between"
+        )
+    return answers[0]
