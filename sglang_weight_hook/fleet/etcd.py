@@ -91,6 +91,16 @@ class Etcd:
         if connection is not None:
             connection.close()
 
+    def __enter__(self) -> Etcd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # half made, or at the interpreter's end
+            self.close()
+
     # -- keys
 
     def get(self, key: str) -> Optional[Value]:
