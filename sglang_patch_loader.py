@@ -30,6 +30,8 @@ CORE = "sglang_weight_hook_patch_core"
 # two lists equal.
 TARGETS = frozenset(
     (
+        "sglang.multimodal_gen.runtime.managers.gpu_worker",
+        "sglang.multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin",
         "sglang.srt.disaggregation.encode_server",
         "sglang.srt.disaggregation.encoder.server",
         "sglang.srt.elastic_ep.expert_backup_client",

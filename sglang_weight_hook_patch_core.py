@@ -49,6 +49,13 @@ WEIGHT_CHECKER = ("sglang.srt.utils.weight_checker", "WeightChecker")
 ENCODER_OLD = ("sglang.srt.disaggregation.encode_server", "MMEncoder")
 ENCODER = ("sglang.srt.disaggregation.encoder.server", "MMEncoder")
 
+# Diffusion models: one worker for each rank, with a pipeline of several modules.
+WORKER = ("sglang.multimodal_gen.runtime.managers.gpu_worker", "GPUWorker")
+WORKER_MIXIN = (
+    "sglang.multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin",
+    "GPUWorkerPostTrainingMixin",
+)
+
 OLDEST = "0.4.6.post5"
 NEWEST = "0.5.23"
 
@@ -135,6 +142,20 @@ ENTRY_POINTS = (
     EntryPoint("load_lora_adapter", "adapt", RUNNER, "load_lora_adapter", "self", "0.4.9.post6"),
     EntryPoint("load_lora_adapter", "adapt", RUNNER, "load_lora_adapter_from_tensors", "self", "0.5.8.post1"),
     EntryPoint("unload_lora_adapter", "adapt", RUNNER, "unload_lora_adapter", "self", "0.4.9.post6"),
+
+    # The worker loads its pipeline as it is built (CPUWorker calls this __init__, too).
+    EntryPoint("pipeline_ready", "build", WORKER, "__init__", "self", "0.5.5"),
+    EntryPoint(_DISK, "update", WORKER, _DISK, "self", "0.5.9", "0.5.13.post1"),
+    EntryPoint(_DISK, "update", WORKER_MIXIN, _DISK, "self", "0.5.14"),
+    EntryPoint(_TENSOR, "stream", WORKER_MIXIN, _TENSOR, "self", "0.5.14"),
+    # A LoRA adapter of a pipeline is merged into the weights.
+    EntryPoint("set_lora", "partial", WORKER, "set_lora_adapter", "self", "0.5.5", "0.5.5.post3"),
+    EntryPoint("set_lora", "partial", WORKER, "set_lora", "self", "0.5.6"),
+    EntryPoint("merge_lora_weights", "partial", WORKER, "merge_lora_weights", "self", "0.5.5"),
+    EntryPoint("unmerge_lora_weights", "partial", WORKER, "unmerge_lora_weights", "self", "0.5.5"),
+    # No memory saver: the modules move to the host's memory and back, and lie elsewhere then.
+    EntryPoint(_RELEASE, "adapt", WORKER, _RELEASE, "self", "0.5.15"),
+    EntryPoint(_RESUME, "adapt", WORKER, _RESUME, "self", "0.5.15"),
 )
 
 # The scheduler's methods around those that write: what SGLang answers, and which bucket is the last
@@ -270,11 +291,17 @@ def _request_details(args: Arguments, kwargs: Keywords) -> dict[str, Any]:
 
 
 def _effect(entry: EntryPoint, args: Arguments, kwargs: Keywords) -> str:
-    """The entry's effect; an update with a filter of names is of some weights only."""
-    if entry.effect == "update":
-        chosen = kwargs.get("weight_name_filter", args[3] if len(args) > 3 else None)
-        if chosen is not None and entry.event == _DISK:
+    """The entry's effect; an update with a filter of names, or of modules, is of some only."""
+    if entry.effect == "update" and entry.event == _DISK:
+        # The same place in both signatures: ModelRunner's and the diffusion worker's.
+        fourth = args[3] if len(args) > 3 else None
+        chosen = kwargs.get("weight_name_filter", kwargs.get("target_modules", fourth))
+        if chosen is not None:
             return "partial"
+    # A pipeline of diffusers has no LoRA; the worker only says so, and writes nothing.
+    if entry.site == WORKER and entry.effect == "partial":
+        pipeline = getattr(args[0], "pipeline", None)
+        return "partial" if pipeline is None or hasattr(pipeline, entry.method) else "adapt"
     return entry.effect
 
 
@@ -456,9 +483,15 @@ def _check_all_events() -> None:
         entries = [entry for entry in ENTRY_POINTS if entry.event == event]
         if any((*entry.site, entry.method) in _wrapped for entry in entries):
             continue
-        due = [entry for entry in entries if _expected(entry, version)]
+        due = [entry for entry in entries if _expected(entry, version) and _concerns_us(entry)]
         if due and not any(_may_still_come(entry.module) for entry in due):
             _report_missing(event, due[-1].name, version)
+
+
+def _concerns_us(entry: EntryPoint) -> bool:
+    """Not what is of diffusion in a process of language models: an environment may lack it."""
+    package = "sglang.multimodal_gen"
+    return package in sys.modules or not entry.module.startswith(package)
 
 
 def _may_still_come(module: str) -> bool:

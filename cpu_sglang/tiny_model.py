@@ -87,7 +87,7 @@ def write_checkpoint(
     model = model or TinyModel()
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", model.config())
-    _write_tokenizer(directory, model.family.vision)
+    write_tokenizer(directory, model.family.vision)
     if model.family.vision:
         _write_image_processor(directory)
     weights = _random_weights(model, seed)
@@ -132,7 +132,7 @@ def _write_weights(directory: Path, weights: dict[str, Any], shards: int) -> Non
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_tokenizer(directory: Path, vision: bool) -> None:
+def write_tokenizer(directory: Path, vision: bool) -> None:
     from tokenizers import (  # type: ignore[import-not-found, unused-ignore]
         Tokenizer,
         decoders,
@@ -156,6 +156,7 @@ def _write_tokenizer(directory: Path, vision: bool) -> None:
         directory / "tokenizer_config.json",
         {
             **roles,
+            "pad_token": "<unk>",
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": 512,
             "clean_up_tokenization_spaces": False,

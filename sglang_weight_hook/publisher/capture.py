@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Optional
 
 from ..layout.documents import ATTRIBUTE, LORA, PARAMETER
-from . import devices, diffusion, identity
+from . import devices, identity
+from .diffusion import at_home
 from .footprint import Footprint, footprint_of, places_of
 from .kv_cache import kv_cache
 from .rows import Row, allocations_of, row_of
@@ -55,7 +56,7 @@ def capture(runner: Any, footprint: bool = True, without: Collection[str] = ()) 
     if model is None:
         raise LookupError("the runner has no model")
     device_type = identity.device_type(runner)
-    walk = walk_model(model, without=without)
+    walk = at_home(runner, walk_model(model, without=without))
     # The pool before the attributes: LoRA layers hold the pool's tensors as attributes of theirs.
     attributes = walk.tensors.pop(ATTRIBUTE)
     kinds = {**walk.tensors, LORA: list(lora_pool(runner)), ATTRIBUTE: attributes}
@@ -188,7 +189,7 @@ def known_allocations(before: Optional[Capture], after: Capture) -> Capture:
 
 def live_tensors(runner: Any, captured: Capture) -> list[tuple[str, Any]]:
     """The captured resident tensors themselves, for as long as the caller looks at them."""
-    walk = walk_model(runner.model, without=captured.without)
+    walk = at_home(runner, walk_model(runner.model, without=captured.without))
     named = [pair for kind in walk.tensors.values() for pair in kind] + list(lora_pool(runner))
     found: dict[str, Any] = {}
     for outer_name, outer in named:

@@ -13,7 +13,8 @@ commit    fills the loaded addresses with the real values       everything, ``lo
 settle    the scheduler is built; drafts have re-bound theirs   everything, ``ready``
 update    may replace any weight                                everything
 partial   may replace some weights                              everything
-adapt     loads or unloads a LoRA adapter                       everything
+adapt     loads or unloads a LoRA adapter, or moves the         everything
+          weights to another device: their values stay
 stream    one bucket of many, written in place as a rule        the state; all if one moved
 relocate  moves experts within their tensors, in a forward      the state; all if one moved
 open      begins a session of updates; the lock stays held      nothing (``updating``)
@@ -162,6 +163,13 @@ def outcome(result: Any, error: Optional[BaseException]) -> tuple[bool, Optional
     if isinstance(success, bool):
         message = getattr(result, "message", None) or getattr(result, "error_message", None)
         return success, None if message is None else _text(message)
+    # Those of the diffusion worker (multimodal_gen): a dict, or an OutputBatch with its error.
+    if isinstance(result, dict) and isinstance(result.get("success"), bool):
+        message = result.get("message")
+        return result["success"], None if message is None else _text(message)
+    problem = getattr(result, "error", None)
+    if isinstance(problem, str) and problem:
+        return False, problem
     return True, None
 
 

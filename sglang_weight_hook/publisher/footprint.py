@@ -121,8 +121,9 @@ def places_of(
 
 def _tensors_of(footprint: Footprint, model: Any) -> Optional[tuple[list[str], list[Any]]]:
     """Names and tensors where the footprint says that they are held; None where it is not so."""
-    modules = [reference() for reference in footprint.modules]
-    if modules[0] is not model or not all(map(is_not, modules, repeat(None))):
+    # A model in place of the first: a diffusion pipeline's outermost module is made anew each time.
+    modules = [model, *(reference() for reference in footprint.modules[1:])]
+    if not all(map(is_not, modules, repeat(None))):
         return None
     try:
         states = list(map(_state_of, modules))

@@ -15,6 +15,7 @@ from typing import Any, Optional
 from .. import __version__
 from ..layout import process
 from . import devices
+from .diffusion import WorkerAsRunner
 
 _MISSING = object()
 
@@ -77,9 +78,12 @@ _ARGUMENTS = ("tp_size", "pp_size", "dp_size", "ep_size")
 def ranks(runner: Any) -> dict[str, Optional[int]]:
     """Parallel ranks and sizes of ``runner``; null where its release has none."""
     result: dict[str, Optional[int]] = {}
+    # A diffusion process has the runtime context of a language model that it does not run.
+    foreign = isinstance(runner, WorkerAsRunner)
+    sources = (_attribute,) if foreign else RANK_SOURCES
     for published, names in RANKS.items():
         value: Any = _MISSING
-        for source in RANK_SOURCES:
+        for source in sources:
             for name in names:
                 value = _ask(source, runner, name)
                 if isinstance(value, int):

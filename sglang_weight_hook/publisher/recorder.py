@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Optional
 
 from . import (
     background,
+    diffusion,
     effects,
     identity,
     once,
@@ -157,8 +158,10 @@ def finish(begun: Begun, result: Any, error: Optional[BaseException]) -> None:
 
 
 def _is_of(tracked: Tracked, named: Any) -> bool:
+    if _tracked.get(id(named)) is tracked:
+        return True
     owner = tracked.runner()
-    return owner is named or (owner is not None and getattr(owner, "model", None) is named)
+    return owner is not None and getattr(owner, "model", None) is named
 
 
 def _note_session(tracked: Tracked, begun: Begun, success: bool) -> None:
@@ -300,7 +303,8 @@ def _find_or_track(runner: Any) -> Optional[Tracked]:
         owner = tracked.runner()
         if owner is not None and getattr(owner, "model", None) is runner:
             return tracked
-    if not hasattr(runner, "model_config") and not hasattr(runner, "gpu_id"):
+    of_llm = hasattr(runner, "model_config") or hasattr(runner, "gpu_id")
+    if not of_llm and not diffusion.is_worker(runner):
         return None  # a model of no runner that we know
     try:
         return _track(runner)
@@ -312,7 +316,8 @@ def _find_or_track(runner: Any) -> Optional[Tracked]:
 
 def _track(runner: Any) -> Tracked:
     configured = settings.load()
-    slot = publish.Slot(configured.directory, slot_name(runner), configured.lock_timeout)
+    name = slot_name(diffusion.runner_of(runner))
+    slot = publish.Slot(configured.directory, name, configured.lock_timeout)
     tracked = Tracked(runner, slot, next(_load_order), _others)
     _tracked[id(runner)] = tracked
     weakref.finalize(runner, _forget, id(runner), tracked).atexit = False

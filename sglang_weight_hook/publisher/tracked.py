@@ -32,7 +32,7 @@ from ..layout.states import (
     WEIGHTS,
 )
 from . import capture as capturing
-from . import devices, document, identity, once, publish, settings, sharing
+from . import devices, diffusion, document, identity, once, publish, settings, sharing
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
@@ -54,7 +54,8 @@ class Tracked:
         load_order: int,
         others: Callable[[Tracked], list[Tracked]],
     ) -> None:
-        self.runner = weakref.ref(runner)
+        self.runner = diffusion.reference(runner)
+        runner = self.runner()
         self.slot = slot
         self.load_order = load_order
         self.others = others

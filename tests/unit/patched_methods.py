@@ -66,6 +66,17 @@ RECOVERY = (
         )
     ],
 )
+DISK_OF_A_PIPELINE = (
+    "(self, model_path, flush_cache=True, target_modules=None)",
+    [
+        Call(("m",), {}),
+        Call((), {"model_path": "m", "flush_cache": True, "target_modules": None}),
+        Call((), {"model_path": "m", "flush_cache": True, "target_modules": ["vae"]}),
+        Call(("m", True, ["vae"]), {}),
+    ],
+)
+LORA_PATH = ("(self, lora_nickname, lora_path=None)", [Call(("n", "p"), {})])
+_BUILDING_A_WORKER = ("local_rank", "rank", "master_port", "server_args")
 FORMS: dict[tuple[str, str], list[tuple[str, list[Call]]]] = {
     ("", "update_expert_location_with_recovery"): [RECOVERY],
     ("ModelRunner", "load_model"): [NOTHING],
@@ -107,6 +118,35 @@ FORMS: dict[tuple[str, str], list[tuple[str, list[Call]]]] = {
         )
     ],
     ("ModelRunner", "unload_lora_adapter"): [("(self, lora_ref)", [Call(("ref",), {})])],
+    ("GPUWorker", "__init__"): [
+        (
+            "(self, local_rank, rank, master_port, server_args)",
+            [Call((0, 0, 1, "s"), {}), Call((), dict.fromkeys(_BUILDING_A_WORKER, 0))],
+        )
+    ],
+    ("GPUWorker", "update_weights_from_disk"): [DISK_OF_A_PIPELINE],
+    ("GPUWorkerPostTrainingMixin", "update_weights_from_disk"): [DISK_OF_A_PIPELINE],
+    ("GPUWorkerPostTrainingMixin", "update_weights_from_tensor"): [
+        ("(self, req)", [Call(("r",), {}), Call((), {"req": "r"})])
+    ],
+    ("GPUWorker", "set_lora_adapter"): [LORA_PATH],
+    ("GPUWorker", "set_lora"): [
+        LORA_PATH,
+        (
+            "(self, lora_nickname, lora_path=None, target='all', strength=1.0, merge_mode=None)",
+            [Call(("n", "p", "all", 1.0), {"merge_mode": "auto"})],
+        ),
+    ],
+    ("GPUWorker", "merge_lora_weights"): [
+        NOTHING,
+        ("(self, target='all', strength=1.0)", [Call(("all", 0.5), {})]),
+    ],
+    ("GPUWorker", "unmerge_lora_weights"): [
+        NOTHING,
+        ("(self, target='all')", [Call((), {"target": "all"})]),
+    ],
+    ("GPUWorker", "release_memory_occupation"): [NOTHING],
+    ("GPUWorker", "resume_memory_occupation"): [NOTHING],
     ("Scheduler", "release_memory_occupation"): [REQUEST],
     ("SchedulerUpdateWeightsMixin", "release_memory_occupation"): [REQUEST],
     ("SchedulerWeightUpdaterManager", "release_memory_occupation"): [REQUEST],

@@ -56,7 +56,8 @@ def test_a_wrapped_method_gets_the_same_arguments_and_returns_the_same_object(
     without, through = seen
     assert {**through, "self": None} == {**without, "self": None}
     begun, finished = recorded
-    is_filtered = entry.effect == "update" and through.get("weight_name_filter") is not None
+    chosen = through.get("weight_name_filter", through.get("target_modules"))
+    is_filtered = entry.effect == "update" and chosen is not None
     assert (begun.kind, begun.effect) == (
         entry.event,
         "partial" if is_filtered else entry.effect,
