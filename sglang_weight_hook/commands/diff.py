@@ -11,6 +11,7 @@ from .app import ACT, command
 from .options import AllowStaleOption, DirOption, JsonOption
 from .render.text import address_text, complain, print_json, print_line
 from .selection import document_of, heading, is_alive
+from .slot_choice import slots_and_files_named
 
 # Names listed for each kind of change, unless all are asked for.
 _LISTED = 10
@@ -24,10 +25,20 @@ _LISTED = 10
 )
 def diff(
     old: Annotated[
-        str, typer.Argument(metavar="OLD", help="The earlier layout: a saved file or a slot.")
+        str,
+        typer.Argument(
+            metavar="OLD",
+            help="The earlier layout: a saved file or a slot.",
+            autocompletion=slots_and_files_named,
+        ),
     ],
     new: Annotated[
-        str, typer.Argument(metavar="NEW", help="The later layout: a saved file or a slot.")
+        str,
+        typer.Argument(
+            metavar="NEW",
+            help="The later layout: a saved file or a slot.",
+            autocompletion=slots_and_files_named,
+        ),
     ],
     directory: DirOption = None,
     everything: Annotated[

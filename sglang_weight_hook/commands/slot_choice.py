@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 
 from ..reader import HookError, open_directory
@@ -14,3 +15,13 @@ def slots_named(incomplete: str) -> list[str]:
     except (HookError, OSError):
         return []
     return [name for name in names if name.startswith(incomplete) and os.sep not in name]
+
+
+def slots_and_files_named(incomplete: str) -> list[str]:
+    """The same, and saved layouts and folders, for arguments that may be either."""
+    files = [path for path in sorted(glob.glob(glob.escape(incomplete) + "*")) if _is_choice(path)]
+    return slots_named(incomplete) + files
+
+
+def _is_choice(path: str) -> bool:
+    return path.endswith(".json") or os.path.isdir(path)

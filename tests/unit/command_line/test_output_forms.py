@@ -229,20 +229,38 @@ def test_report_watches_until_it_is_interrupted(
     assert "json" in sentence(run("report", "--watch", "--json"), 2)
 
 
-def test_a_shell_completes_names_of_slots(two_slots: Path) -> None:
+def completed(folder: Path, words: str, slots: Path) -> list[str]:
+    """What bash is offered behind ``words`` in ``folder``."""
     done = subprocess.run(
         [sys.executable, "-m", "sglang_weight_hook"],
-        cwd=ROOT,
+        cwd=folder,
         env={
             "PATH": "/usr/bin:/bin",
-            "SGLANG_WEIGHT_HOOK_DIR": str(two_slots),
+            "PYTHONPATH": str(ROOT),
+            "SGLANG_WEIGHT_HOOK_DIR": str(slots),
             "_PYTHON _M SGLANG_WEIGHT_HOOK_COMPLETE": "complete_bash",
             "_PYTHON__M_SGLANG_WEIGHT_HOOK_COMPLETE": "complete_bash",
-            "COMP_WORDS": "sglang-weight-hook show ",
-            "COMP_CWORD": "2",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split(" ")) - 1),
         },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["0", "1"]
+    return done.stdout.split()
+
+
+def test_a_shell_completes_names_of_slots(two_slots: Path) -> None:
+    assert completed(ROOT, "sglang-weight-hook show ", two_slots) == ["0", "1"]
+
+
+def test_a_shell_completes_slots_and_saved_layouts_for_diff(
+    two_slots: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name in ("before.json", "1.json", "notes.txt"):
+        (folder / name).touch()
+    both = ["0", "1", "1.json", "before.json"]
+    assert completed(folder, "sglang-weight-hook diff ", two_slots) == both
+    assert completed(folder, "sglang-weight-hook diff before.json 1", two_slots) == ["1", "1.json"]
