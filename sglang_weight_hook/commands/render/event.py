@@ -42,5 +42,14 @@ def event_parts(event: Mapping[str, Any], standing: Mapping[str, Any]) -> Parts:
     if isinstance(names, list) and names:
         parts.append(f": {', '.join(map(printable, names))}")
     elif (refused or event.get("success") is False) and event.get("message"):
-        parts.append(f": {printable(event['message'])}")
+        parts.append(f": {_one_end(printable(event['message']))}")
     return parts
+
+
+def _one_end(message: str) -> str:
+    """SGLang ends some messages with a full stop behind that of the error that it quotes.
+
+    >>> _one_end("no such directory.."), _one_end("cut short...")
+    ('no such directory.', 'cut short...')
+    """
+    return message[:-1] if message.endswith("..") and not message.endswith("...") else message

@@ -316,3 +316,12 @@ def test_another_runner_in_the_slot_is_another_map(run: Run, maps: Path) -> None
     runner = FakeRunner(a_runner().model)
     load(runner)
     settle()
+
+
+def test_a_message_ends_with_one_full_stop() -> None:
+    """SGLang 0.5.23 puts one behind the error that it quotes: `... if needed..`."""
+    from sglang_weight_hook.commands.render.event import event_parts
+
+    for message, shown in (("a path..", "a path."), ("cut short...", "cut short..."), ("x", "x")):
+        event = {"kind": "update", "success": False, "message": message}
+        assert event_parts(event, {"state": "failed"})[-1] == f": {shown}"
