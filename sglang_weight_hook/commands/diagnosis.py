@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Optional
 
 from .. import __version__
 from ..layout import location, variables
-from . import memory_access
+from . import memory_access, torch_devices
 from .sglang_sources import Sources
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -85,6 +85,7 @@ def diagnose(directory: Optional[str] = None) -> Diagnosis:
     facts += _active(data)
     entries: list[Found] = []
     facts += _sglang(data, entries)
+    facts += _devices(data)
     facts += _environment(data)
     facts += _directory(directory, data)
     facts += [Fact("Memory", *found) for found in memory_access.found_in(data["directory"]["path"])]
@@ -370,6 +371,13 @@ def _sglang(data: dict[str, Any], entries: list[Found]) -> Iterator[Fact]:
         if present and not any(_module(path) in hooked for path in present):
             data["sglang"]["gaps"].append({"name": gap.name, "path": present[0], "text": gap.text})
             yield Fact("Known gap", NOTE, f"{gap.name} ({present[0]}): {gap.text}")
+
+
+def _devices(data: dict[str, Any]) -> Iterator[Fact]:
+    found = torch_devices.found()
+    data["torch"] = found._asdict()
+    if found.torch is not None:
+        yield Fact("Devices", NOTE if found.unasked else GOOD, found.text)
 
 
 def _core() -> Optional[Any]:

@@ -327,3 +327,80 @@ def test_without_typer_the_doctor_still_answers(run_python: Any, tmp_path: Path)
     assert "BAD   Installed" in done.stdout
     done = run_python("-c", code.format("['doctor', '--json']"), check=False)
     assert json.loads(done.stdout)["good"] is False
+
+
+# --- devices ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make an installed torch that says what it is for, and packages that bring more devices."""
+
+    def make(version: str, *packages: str, annotated: bool = True, **stated: str | None) -> None:
+        site = tmp_path / "torch-site"
+        (site / "torch").mkdir(parents=True)
+        (site / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')\n")
+        lines = [f"__version__ = {version!r}"]
+        of_text = ": Optional[str]" if annotated else ""
+        lines += [f"{name}{of_text} = {value!r}" for name, value in stated.items()]
+        (site / "torch" / "version.py").write_text("\n".join(lines) + "\n")
+        for package in packages:
+            metadata = site / f"{package.replace('-', '_')}-2.8.0.dist-info"
+            metadata.mkdir()
+            (metadata / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {package}\nVersion: 2.8.0\n"
+            )
+        monkeypatch.syspath_prepend(str(site))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("version", "stated", "text"),
+    [
+        ("2.13.0+cu128", {"cuda": "12.8", "hip": None, "xpu": None}, "for CUDA 12.8"),
+        ("2.13.0+cpu", {"cuda": None, "hip": None, "xpu": None}, "for CPU"),
+        ("2.4.0", {"cuda": "12.1", "hip": None}, "for CUDA 12.1"),  # before there was xpu
+    ],
+)
+@pytest.mark.parametrize("annotated", [True, False])
+def test_on_cuda_and_on_the_cpu_there_is_nothing_to_note_of_devices(
+    torch_of: Callable[..., None],
+    version: str,
+    stated: dict[str, str | None],
+    text: str,
+    annotated: bool,
+) -> None:
+    torch_of(version, annotated=annotated, **stated)
+    found = doctor.diagnose()
+    assert texts(found, "Devices", GOOD) == [f"torch {version} {text}"]
+    assert texts(found, "Devices", NOTE) == []
+
+
+@pytest.mark.parametrize(
+    ("packages", "stated", "name"),
+    [
+        ([], {"cuda": None, "hip": "6.4.43482"}, "ROCm"),
+        ([], {"cuda": None, "hip": None, "xpu": "20250300"}, "XPU"),
+        (["torch_npu"], {"cuda": None, "hip": None}, "NPU"),
+        (["torch_musa"], {"cuda": None, "hip": None}, "MUSA"),
+        (["habana-torch-plugin"], {"cuda": None}, "HPU"),
+    ],
+)
+def test_another_device_is_noted_with_what_a_map_does_not_say_there(
+    torch_of: Callable[..., None], packages: list[str], stated: dict[str, str | None], name: str
+) -> None:
+    torch_of("2.8.0", *packages, **stated)
+    found = doctor.diagnose()
+    (note,) = texts(found, "Devices", NOTE)
+    assert f"no driver of {name}: a map there has what torch tells, and null for" in note
+    assert "Not run there" in note
+    assert found.data["torch"]["torch"] == "2.8.0"
+    assert list(found.data["torch"]["devices"]) == [name]
+
+
+def test_without_torch_nothing_is_said_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.torch_devices, "_stated", dict)
+    found = doctor.diagnose()
+    assert texts(found, "Devices") == []
+    assert found.data["torch"]["torch"] is None
