@@ -201,6 +201,35 @@ def _qwen2_vl(model: TinyModel) -> Weights:
         yield f"visual.{name}.bias", (dim,)
 
 
+def _gpt_oss(model: TinyModel) -> Weights:
+    for _, prefix in _layers(model):
+        yield from _norms(model, prefix, "input_layernorm", "post_attention_layernorm")
+        yield from _attention(model, prefix + "self_attn.", biases=True)
+        yield prefix + "self_attn.o_proj.bias", (model.hidden,)
+        yield prefix + "self_attn.sinks", (model.heads,)
+        yield prefix + "mlp.router.weight", (EXPERTS, model.hidden)
+        yield prefix + "mlp.router.bias", (EXPERTS,)
+        experts = prefix + "mlp.experts."
+        yield experts + "gate_up_proj", (EXPERTS, model.hidden, 2 * model.hidden)
+        yield experts + "gate_up_proj_bias", (EXPERTS, 2 * model.hidden)
+        yield experts + "down_proj", (EXPERTS, model.hidden, model.hidden)
+        yield experts + "down_proj_bias", (EXPERTS, model.hidden)
+    yield from _top(model)
+
+
+def _gpt_oss_settings(model: TinyModel) -> dict[str, Any]:
+    return {
+        "intermediate_size": model.hidden,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * (model.layers // 2),
+        "swiglu_limit": 7.0,
+        "hidden_act": "silu",
+    }
+
+
 def _qwen3_moe_settings(model: TinyModel) -> dict[str, Any]:
     return {
         "num_experts": EXPERTS,
@@ -305,6 +334,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v2": Architecture(
         "DeepseekV2ForCausalLM", "deepseek_v2", _deepseek_v2, _deepseek_v2_settings
     ),
+    "gpt_oss": Architecture("GptOssForCausalLM", "gpt_oss", _gpt_oss, _gpt_oss_settings),
     "gemma2": Architecture(
         "Gemma2ForCausalLM", "gemma2", _gemma2, _gemma2_settings, always_tied=True
     ),
