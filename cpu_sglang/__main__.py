@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cpu_sglang.environment import (
@@ -83,6 +84,7 @@ def main() -> int:
 
 def _serve(environment: Environment, model: Path | None, cwd: Path, extra: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cwd.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cpu-sglang-") as scratch:
         if model is None:
             model = Path(scratch) / "model"
@@ -94,7 +96,7 @@ def _serve(environment: Environment, model: Path | None, cwd: Path, extra: list[
             cwd=cwd,
             extra_args=extra,
             log_path=Path(scratch) / "server.log",
-            on_progress=lambda seconds, line: print(f"{seconds:3.0f} s  {line[:90]}"),
+            on_progress=_progress(),
         )
         with server:
             print(f"ready at {server.url}, process {server.pid}, log {server.log_path}")
@@ -102,6 +104,19 @@ def _serve(environment: Environment, model: Path | None, cwd: Path, extra: list[
             while server.alive:
                 time.sleep(0.5)
             raise ServerFailed(f"the server exited by itself; its log:\n{server.log_tail()}")
+
+
+def _progress() -> Callable[[float, str], None]:
+    """Prints what the server says last, once, and every 10 s that it is still at it."""
+    told, at = "", 0.0
+
+    def tell(seconds: float, line: str) -> None:
+        nonlocal told, at
+        if line != told or seconds - at >= 10:
+            told, at = line, seconds
+            print(f"{seconds:3.0f} s  {line[:90]}", flush=True)
+
+    return tell
 
 
 def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
