@@ -30,6 +30,9 @@ from .watch import DirectoryWatch
 # What `Slot.weights_held` may be told to allow besides states: an owner that has exited.
 STALE = "stale"
 
+# Seconds that a layout is waited for where no event is under way: one is never missing meanwhile.
+_NO_LAYOUT = 0.5
+
 # Seconds between looks while waiting: inotify does not see changes made by other hosts.
 LOOK_AGAIN = 1.0
 
@@ -79,6 +82,7 @@ class Slot:
         Raises HookError.
         """
         deadline = time.monotonic() + timeout
+        patience = time.monotonic() + _NO_LAYOUT
         pause = 0.001
         while True:
             if time.monotonic() < deadline and self._is_about_to_publish():
@@ -94,6 +98,12 @@ class Slot:
                     return Document(self, layout, after)
                 if self._was_left_half_way(before, layout, after):
                     return Document(self, layout, {**after, **state_of(layout)})
+            elif time.monotonic() >= patience and not self._may_write_layout(before):
+                raise HookError(
+                    f"slot {self.name} has a state ({before['state']}) and no layout document: "
+                    f"{self.path(files.LAYOUT)} was removed or could not be written; the state "
+                    f"file's \"problem\" and the server's log say which"
+                )
             if time.monotonic() >= deadline:
                 raise HookError(
                     f"slot {self.name} has no settled document after {timeout:g} s (state "
@@ -308,6 +318,10 @@ class Slot:
     def _is_about_to_publish(self) -> bool:
         """Whether a process has claimed the slot and has not written its first state yet."""
         return not os.path.lexists(self.path(files.STATE)) and self.owner_alive()
+
+    def _may_write_layout(self, state: Mapping[str, Any]) -> bool:
+        """Whether an event is under way at whose end a layout that is missing is written."""
+        return state["state"] in ("loading", "updating") and self.owner_alive()
 
     def state_if_any(self) -> Optional[dict[str, Any]]:
         """The state document, or None where there is none (now)."""

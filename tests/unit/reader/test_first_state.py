@@ -84,3 +84,23 @@ settle()
 print("ready", flush=True)
 sys.stdin.readline()
 """
+
+
+def test_a_layout_that_is_gone_is_not_waited_for(runner: object, maps: Path) -> None:
+    """Without an event under way there is nobody who would write it."""
+    (maps / files.LAYOUT.format(0)).unlink()
+    started = time.monotonic()
+    with pytest.raises(HookError, match="no layout document"):
+        open_slot(str(maps), "0").read(timeout=60)
+    assert time.monotonic() - started < 20
+
+
+def test_a_layout_is_waited_for_while_an_event_is_under_way(runner: object, maps: Path) -> None:
+    path, state = maps / files.LAYOUT.format(0), maps / files.STATE.format(0)
+    kept = path.with_name("kept")
+    path.rename(kept)
+    state.write_text(json.dumps({**json.loads(state.read_bytes()), "state": "updating"}))
+    later = threading.Timer(1.5, lambda: kept.rename(path))
+    later.start()
+    assert open_slot(str(maps), "0").read(timeout=60).layout_generation
+    later.join()
