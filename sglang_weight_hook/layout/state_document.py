@@ -250,6 +250,13 @@ class StateDocument(StateName, Standing, Process, total=False):
             "none."
         ),
     ]
+    subscribers: Annotated[
+        dict[str, Optional[str]],
+        Field(
+            "By name of each subscriber (SGLANG_WEIGHT_HOOK_SUBSCRIBERS) what went wrong with it; "
+            "null where nothing did. The first three. Absent where none is configured."
+        ),
+    ]
     problem: Annotated[
         Optional[str],
         Field(

@@ -1,5 +1,7 @@
 """The one thread of ours in SGLang's process: ends streams, checks maps, serves the socket.
 
+(Subscribers, where any are configured, have threads of their own: `subscriber_thread`.)
+
 Started when the first slot is published, or, where nothing is to be checked, with the first
 stream.  A daemon: it keeps no interpreter from ending.  It holds no lock while it sleeps or looks
 at a model, and what fails in it costs only what it does: the event path asks `is_running`, and
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Optional, Protocol, Union
 
-from . import once, settings, sharing
+from . import once, settings, sharing, subscription
 from .control import Answered, ControlSocket, refused
 from .tracked import Tracked
 
@@ -41,6 +43,8 @@ class Recorder(Protocol):
 
     def check(self, tracked: Tracked, thoroughly: bool) -> Optional[bool]: ...
 
+    def tell_missed(self, tracked: Tracked) -> Optional[float]: ...
+
 
 _thread: Optional[_Background] = None
 _failed = False  # a thread could not be started, and is not tried again
@@ -49,13 +53,14 @@ _failed = False  # a thread could not be started, and is not tried again
 def ensure(recorder: Recorder, for_stream: bool = False) -> bool:
     """Start the thread where there is something for it to do; whether it runs.  Never raises.
 
-    ``for_stream``: a stream is to be ended.  Without that only checks are a reason.
+    ``for_stream``: a stream is to be ended.  Otherwise checks, sharing and subscribers are reasons.
     """
     global _thread, _failed
     if _thread is not None and _thread.is_alive():
         return True
     configured = settings.load()
     wanted = configured.check_seconds > 0 or configured.share is not None or for_stream
+    wanted = wanted or bool(configured.subscribers)
     if _failed or not wanted:
         return False
     try:
@@ -139,6 +144,9 @@ class _Background(threading.Thread):
     def _work(self) -> Optional[float]:
         """Do what is due; seconds until something is due again, or None."""
         waits = [_guarded(self._recorder.end_streams, time.monotonic())]
+        if subscription.current is not None:
+            for tracked in self._recorder.runners():
+                waits.append(_guarded(self._recorder.tell_missed, tracked))
         if self._period > 0:
             for tracked in self._recorder.runners():
                 waits.append(_guarded(self._check_if_due, tracked))

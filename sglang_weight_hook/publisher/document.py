@@ -19,6 +19,7 @@ from .capture import Capture
 MESSAGE_LIMIT = 200
 NAME_LIMIT = 72
 NAMES_LIMIT, NAMES_LENGTH = 5, 42
+SUBSCRIBERS_LIMIT = 3
 
 # --- the layout document ------------------------------------------------------------------
 
@@ -284,8 +285,11 @@ def state(
     problem: Optional[str],
     control: Optional[str],
     now: float,
+    subscribers: Optional[Mapping[str, Optional[str]]] = None,
 ) -> dict[str, Any]:
     """``weight_state_{slot}.json``, under 2 KB whatever SGLang's message or names are."""
+    shown = list((subscribers or {}).items())[:SUBSCRIBERS_LIMIT]
+    told = {_tail(name, NAMES_LENGTH): _short(text, NAME_LIMIT) for name, text in shown}
     return {
         "schema": STATE_SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -302,6 +306,7 @@ def state(
         "problem": _short(problem),
         "control": control,
         "updated_at": now,
+        **({} if subscribers is None else {"subscribers": told}),
     }
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any, Optional
 
-from ..layout.header import LEFT, Header, pack
+from ..layout.header import LEFT, SIZE, Header, pack
 
 _SEQUENCE_OFFSET = 8  # bytes
 _BODY_OFFSET = 16
@@ -75,3 +76,47 @@ class HeaderFile:
         if descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+
+# Those of slots that are gone, too: what was registered once may be read as long as the process
+# lives.
+_pages: list[Any] = []
+
+
+class MemoryHeader:
+    """The header once more, in a page of this process's own, for transfer engines.
+
+    Not a mapping of the file: if somebody truncated that one, an engine that reads it would end the
+    server with SIGBUS.  Shared, not private: after a fork a private page that is written moves away
+    from what was registered.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is in it until the first `write`: no magic, so no header.  Raises OSError."""
+        import ctypes
+        import mmap
+
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        self.ptr = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        self.size = SIZE
+        self._page = page
+        self._last: Optional[Header] = None
+        self._pid = os.getpid()
+        _pages.append(page)
+
+    def write(self, header: Header) -> None:
+        """Replace the content; ``header.sequence`` is not looked at."""
+        if self._pid != os.getpid():
+            return  # a forked child shares the page
+        sequence = 2 if self._last is None else self._last.sequence + 2
+        self._last = header._replace(sequence=sequence)
+        data = pack(self._last)
+        odd = (sequence - 1).to_bytes(8, "little")
+        self._page[_SEQUENCE_OFFSET:_BODY_OFFSET] = odd
+        self._page[_BODY_OFFSET:SIZE] = data[_BODY_OFFSET:]
+        self._page[:_BODY_OFFSET] = data[:_BODY_OFFSET]
+
+    def leave(self) -> None:
+        """Say that the slot has no owner any more."""
+        if self._last is not None:
+            self.write(self._last._replace(state=LEFT))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Optional
 
 from .. import __version__
@@ -130,6 +130,24 @@ def draft_index(runner: Any) -> Optional[int]:
     """``draft_model_idx`` (SGLang >= 0.5.8): which of several MTP runners this is."""
     index = getattr(runner, "draft_model_idx", None)
     return index if isinstance(index, int) else None
+
+
+def slot_name(runner: Any, taken: Collection[str]) -> str:
+    """``{gpu_id}`` for a target, ``{gpu_id}_draft``, ``{gpu_id}_draft1``, … for drafts.
+
+    ``taken``: the names of the process's other slots.
+    """
+    base = str(gpu_id(runner))
+    if not is_draft(runner):
+        return base
+    index = draft_index(runner)
+    if index is None:  # before 0.5.8, and single drafts: in the order in which they load
+        index = next(i for i in range(1000) if _draft_slot(base, i) not in taken)
+    return _draft_slot(base, index)
+
+
+def _draft_slot(base: str, index: int) -> str:
+    return f"{base}_draft{index or ''}"
 
 
 def identity(runner: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from . import (
     metrics,
     once,
     settings,
+    subscription,
 )
 from . import capture as capturing
 from .capture import Capture
@@ -57,6 +58,7 @@ def publish_event(tracked: Tracked) -> None:
 def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
     description = _describe(tracked, event, event.success, time.time())
     figures: Optional[dict[str, Any]] = None
+    layout: Optional[dict[str, Any]] = None
     if tracked.invalidated is None and not tracked.state_only:
         try:
             contents = _documents(tracked, runner, event, description)
@@ -64,14 +66,19 @@ def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
             tracked.lose(f"no document could be made: {type(error).__name__}: {error}")
         else:
             _write_documents(tracked, contents)
+            layout = contents[files.LAYOUT]
             figures = contents[files.LAYOUT]["memory"]
             tracked.told_updated = tracked.updated
     if tracked.invalidated is not None:
-        _write_documents(tracked, _empty_documents(tracked, description))
+        contents = _empty_documents(tracked, description)
+        _write_documents(tracked, contents)
+        layout = contents[files.LAYOUT]
         remove(tracked, files.SUMMARY)
     elif tracked.state_only and "close" in event.effects and tracked.summary is not None:
         tracked.summary = legacy.renewed_summary(tracked.summary, time.time())
         _write_documents(tracked, {files.SUMMARY: tracked.summary})
+    if subscription.current is not None:
+        _or_else(None, subscription.current.after, tracked, layout, description)
     _write_state(tracked, description)
     _log(tracked, description)
     _measure(tracked, runner, event, description, figures)
@@ -86,6 +93,31 @@ def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
         )
 
 
+def tell_missed(tracked: Tracked) -> None:
+    """Subscribers that were late are told what they have missed.  Under the mutex, no event."""
+    if subscription.current is None:
+        return
+    last = subscription.current.last_event(tracked)
+    if last is not None:
+        tracked.slot.lock(0.0)
+        try:
+            subscription.current.after(tracked, None, last)
+            _write_state(tracked, dict(last))
+        finally:
+            tracked.slot.unlock()
+
+
+def say_unannounced(tracked: Tracked) -> None:
+    names = ", ".join(tracked.changes.names)
+    once.warn(
+        "unannounced " + tracked.slot.name,
+        "weights of slot %s have moved without a call that is known to move them (%s); "
+        "the new map is published",
+        tracked.slot.name,
+        names,
+    )
+
+
 def checked(tracked: Tracked, now: float) -> None:
     """Map and memory were found equal: the header says when.  Under the mutex."""
     tracked.checked_at = now
@@ -94,11 +126,17 @@ def checked(tracked: Tracked, now: float) -> None:
             tracked.header.write(tracked.header.last._replace(checked_at=now))
         except OSError as error:
             once.warn("write " + tracked.slot.name, "cannot write the header: %s", error)
+        if tracked.memory_header is not None:
+            tracked.memory_header.write(tracked.header.last)
     metrics.checked(tracked.slot.name, tracked.role, now)
 
 
 def withdraw(tracked: Tracked) -> None:
     """The runner is gone: nothing of it stays, where the slot is still ours."""
+    if subscription.current is not None:
+        subscription.current.gone(tracked)
+    if tracked.memory_header is not None:
+        tracked.memory_header.leave()
     if tracked.slot.is_ours():
         if tracked.header is not None:
             tracked.header.leave()
@@ -326,6 +364,7 @@ def _write_state(tracked: Tracked, description: dict[str, Any]) -> None:
             tracked.problem,
             background.socket_name(),
             now,
+            subscription.current.problems(tracked.slot.name) if subscription.current else None,
         )
         tracked.slot.write(files.STATE, state)
     except Exception as error:
@@ -356,6 +395,8 @@ def _write_header(tracked: Tracked, now: float) -> None:
         layout_digest=tracked.layout_digest,
         instance=tracked.instance,
     )
+    if tracked.memory_header is not None:
+        tracked.memory_header.write(content)
     path = tracked.slot.path(files.HEADER)
     if tracked.header is not None and tracked.header.path == path and tracked.header.is_in_place():
         tracked.header.write(content)

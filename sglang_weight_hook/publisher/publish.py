@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
-from ..layout.files import DOCUMENTS, HEADER, LAYOUT, OWNER_LOCK, SAVING_LOCK, STATE
+from ..layout.files import DOCUMENTS, HEADER, LAYOUT, OWNER_LOCK, SAVING_LOCK, STATE, TRANSPORT
 from . import once
 
 _TEMPORARY = ".tmp-"
@@ -51,7 +51,7 @@ def encode(document: Any, indent: bool = True) -> bytes:
         return json.dumps(document, indent=2 if indent else None).encode("ascii")
 
 
-def write_whole(path: str, data: bytes) -> None:
+def write_whole(path: str, data: bytes, mode: int = 0o644) -> None:
     """Replace ``path`` by a new file with ``data``; readers see the old file or the new one.
 
     The temporary file is made with O_EXCL and O_NOFOLLOW, and rename replaces a link rather
@@ -62,10 +62,10 @@ def write_whole(path: str, data: bytes) -> None:
     temporary = os.path.join(directory, f".{name}{_TEMPORARY}{os.getpid()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(temporary, flags, 0o644)
+        descriptor = os.open(temporary, flags, mode)
     except FileExistsError:  # of an earlier process with this pid, killed while publishing
         os.unlink(temporary)
-        descriptor = os.open(temporary, flags, 0o644)
+        descriptor = os.open(temporary, flags, mode)
     try:
         try:
             view = memoryview(data)
@@ -173,7 +173,7 @@ class Slot:
     def _clear_predecessor(self) -> None:
         """Remove what a dead owner left: its addresses mean nothing now, its temporary files
         never will."""
-        gone = (*DOCUMENTS, HEADER)
+        gone = (*DOCUMENTS, HEADER, TRANSPORT)
         for document in gone:
             with contextlib.suppress(OSError):
                 os.unlink(self.path(document))

@@ -32,6 +32,7 @@ from . import (
     publish,
     settings,
     sharing,
+    subscription,
 )
 from .events import EFFECTS, Call, outcome
 from .tracked import Tracked
@@ -127,6 +128,8 @@ def begin(
     if effect not in EFFECTS:
         raise ValueError(f"unknown effect {effect!r}")
     begun = Begun(Call(), kind, effect, details or {}, list(missing), list(runners), [])
+    if subscription.current is not None and subscription.is_inside():
+        return begun
     with _Exclusive():
         if effect == "settle":
             _building.add(begun.call)
@@ -138,6 +141,8 @@ def begin(
 
 def finish(begun: Begun, result: Any, error: Optional[BaseException]) -> None:
     """It has returned ``result``, or raised ``error``."""
+    if subscription.current is not None and subscription.is_inside():
+        return
     success, message = outcome(result, error)
     with _Exclusive():
         _building.discard(begun.call)
@@ -199,6 +204,9 @@ def _join(begun: Begun, participants: list[Tracked]) -> None:
             _guarded(tracked.hold, patience)
             patience = max(patience - (time.monotonic() - started), 0.0)
             _guarded(publication.begin, tracked)
+        if subscription.current is not None:
+            tell = subscription.current.before
+            _guarded(tell, tracked, begun.kind, begun.effect, begun.details)
 
 
 def _conclude(done: list[Tracked]) -> None:
@@ -316,33 +324,19 @@ def _find_or_track(runner: Any) -> Optional[Tracked]:
 
 def _track(runner: Any) -> Tracked:
     configured = settings.load()
-    name = slot_name(diffusion.runner_of(runner))
+    taken = {tracked.slot.wanted for tracked in _tracked.values()}
+    name = identity.slot_name(diffusion.runner_of(runner), taken)
     slot = publish.Slot(configured.directory, name, configured.lock_timeout)
     tracked = Tracked(runner, slot, next(_load_order), _others)
     _tracked[id(runner)] = tracked
     weakref.finalize(runner, _forget, id(runner), tracked).atexit = False
+    subscription.ensure()
     background.ensure(_RECORDER)
     return tracked
 
 
 def _others(tracked: Tracked) -> list[Tracked]:
     return [other for other in _tracked.values() if other is not tracked]
-
-
-def slot_name(runner: Any) -> str:
-    """``{gpu_id}`` for a target, ``{gpu_id}_draft``, ``{gpu_id}_draft1``, … for drafts."""
-    base = str(identity.gpu_id(runner))
-    if not identity.is_draft(runner):
-        return base
-    index = identity.draft_index(runner)
-    if index is None:  # before 0.5.8, and single drafts: in the order in which they load
-        taken = {tracked.slot.wanted for tracked in _tracked.values()}
-        index = next(i for i in range(1000) if _draft_slot(base, i) not in taken)
-    return _draft_slot(base, index)
-
-
-def _draft_slot(base: str, index: int) -> str:
-    return f"{base}_draft{index or ''}"
 
 
 def _forget(key: int, tracked: Tracked) -> None:
@@ -446,26 +440,30 @@ class _Recorder:
                     return True
                 with tracked.in_context():
                     if tracked.find_unannounced():
-                        _say_unannounced(tracked)
+                        publication.say_unannounced(tracked)
                         tracked.slot.lock(0.0)
                         publication.publish_event(tracked)
                 return False
         finally:
             _mutex.release()
 
+    @staticmethod
+    def tell_missed(tracked: Tracked) -> Optional[float]:
+        """Tell subscribers that were late what they have missed; seconds to the next attempt."""
+        if subscription.current is None or not subscription.current.owes(tracked):
+            return None
+        if not _mutex.acquire(blocking=False):
+            return 0.05
+        try:
+            with _Exclusive():
+                if tracked.event is None and tracked in _tracked.values():
+                    publication.tell_missed(tracked)
+        finally:
+            _mutex.release()
+        return None
+
 
 _RECORDER = _Recorder()
-
-
-def _say_unannounced(tracked: Tracked) -> None:
-    names = ", ".join(tracked.changes.names)
-    once.warn(
-        "unannounced " + tracked.slot.name,
-        "weights of slot %s have moved without a call that is known to move them (%s); "
-        "the new map is published",
-        tracked.slot.name,
-        names,
-    )
 
 
 # --- forked children ----------------------------------------------------------------------
@@ -485,6 +483,7 @@ def _after_fork_in_child() -> None:
     _dead.clear()
     background.abandon()
     sharing.after_fork_in_child()
+    subscription.abandon()
     for tracked in _tracked.values():
         tracked.event = None  # the child may leave the frames of calls that its parent began
         publication.let_go(tracked)

@@ -24,6 +24,11 @@ class Settings(NamedTuple):
     # Users (uid) besides this process's own and root that may read weights over the control
     # socket; None: nobody may.
     share: Optional[frozenset[int]] = None
+    subscribers: tuple[str, ...] = ()  # names
+    subscriber_timeout: float = variables.DEFAULT_SUBSCRIBER_TIMEOUT  # seconds
+    transfer_host: str = variables.DEFAULT_TRANSFER_HOST
+    mooncake_protocol: str = variables.DEFAULT_MOONCAKE_PROTOCOL
+    mooncake_device: str = ""  # RDMA devices, with commas; empty: any
 
 
 _base: Optional[str] = None  # the working directory when the settings were first asked for
@@ -55,7 +60,25 @@ def parse(environment: Mapping[str, str], base: str) -> Settings:
         check_seconds=duration(variables.CHECK_SECONDS, variables.DEFAULT_CHECK_SECONDS),
         quiet_seconds=duration(variables.QUIET_MS, variables.DEFAULT_QUIET_MS) / 1000,
         share=users_from(environment.get(variables.SHARE)),
+        subscribers=names_from(environment.get(variables.SUBSCRIBERS)),
+        subscriber_timeout=duration(
+            variables.SUBSCRIBER_TIMEOUT, variables.DEFAULT_SUBSCRIBER_TIMEOUT
+        ),
+        transfer_host=environment.get(variables.TRANSFER_HOST) or variables.DEFAULT_TRANSFER_HOST,
+        mooncake_protocol=environment.get(variables.MOONCAKE_PROTOCOL)
+        or variables.DEFAULT_MOONCAKE_PROTOCOL,
+        mooncake_device=environment.get(variables.MOONCAKE_DEVICE) or "",
     )
+
+
+def names_from(value: Optional[str]) -> tuple[str, ...]:
+    """The names in a list with commas, each once, in their order.
+
+    >>> names_from("mooncake, my.module:make,,mooncake"), names_from(None), names_from(" ")
+    (('mooncake', 'my.module:make'), (), ())
+    """
+    words = (word.strip() for word in (value or "").split(","))
+    return tuple(dict.fromkeys(word for word in words if word))
 
 
 def users_from(value: Optional[str]) -> Optional[frozenset[int]]:

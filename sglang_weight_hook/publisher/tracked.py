@@ -36,7 +36,7 @@ from . import devices, diffusion, document, identity, once, publish, settings, s
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
-from .header import HeaderFile
+from .header import HeaderFile, MemoryHeader
 
 NO_CHANGES = Changes(0, 0, 0, ())
 
@@ -65,6 +65,7 @@ class Tracked:
         # A runner made again in this process starts with new generations; this tells them apart.
         self.instance = os.urandom(8).hex()
         self.header: Optional[HeaderFile] = None
+        self.memory_header: Optional[MemoryHeader] = None  # where an engine may register it
         self.missing: list[str] = []
 
         self.state = LOADING

@@ -251,7 +251,13 @@ PROCESS = {
 }
 
 
-def state(message: str, problem: str, missing: list[str], slot: str) -> dict[str, Any]:
+def state(
+    message: str,
+    problem: str,
+    missing: list[str],
+    slot: str,
+    subscribers: dict[str, str | None] | None = None,
+) -> dict[str, Any]:
     event = document.event(
         "update_weights_from_distributed",
         False,
@@ -275,6 +281,7 @@ def state(message: str, problem: str, missing: list[str], slot: str) -> dict[str
         problem,
         "weight_hook_4194304.sock",
         time.time(),
+        subscribers,
     )
 
 
@@ -311,6 +318,20 @@ def test_the_state_of_an_unannounced_change_stays_below_2_kb(text: str) -> None:
         names=[text] * 5,
     )
     assert len(publish.encode(made)) < 2048
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=["ascii", "wide", "surrogate", "nul", "quotes", ""])
+@pytest.mark.parametrize(
+    "message", HOSTILE[:5], ids=["ascii", "wide", "surrogate", "nul", "quotes"]
+)
+def test_the_state_stays_below_2_kb_whatever_subscribers_say(text: str, message: str) -> None:
+    names = [text + str(i) for i in range(9)]
+    longest = "expert_location_update: expert_location_update"
+    made = state(
+        message, message, [longest] * 30, "0_draft." + "n" * 255, dict.fromkeys(names, text)
+    )
+    assert len(publish.encode(made)) < 2048
+    assert len(made["subscribers"]) == 3
 
 
 def test_of_a_long_name_the_end_is_kept() -> None:
