@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -65,6 +66,7 @@ def command(name: str, show: str) -> Callable[[Callable[..., Any]], Callable[...
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
+            warnings.showwarning = _show_warning
             try:
                 status = function(*args, **kwargs) or 0
                 sys.stdout.flush()
@@ -99,6 +101,14 @@ def command(name: str, show: str) -> Callable[[Callable[..., Any]], Callable[...
         return run
 
     return register
+
+
+def _show_warning(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+    """As one sentence, where it is said to people and not to programmers."""
+    if issubclass(category, UserWarning):
+        complain(str(message))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 @app.callback(invoke_without_command=True)

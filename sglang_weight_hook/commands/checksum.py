@@ -7,7 +7,7 @@ from typing import Any, Optional
 from ..memory import sums
 from ..reader import Document, Tensor
 from .app import ACT, command
-from .options import DirOption, JsonOption, MatchOption, SlotArgument, ViaOption
+from .options import AddressOption, DirOption, JsonOption, MatchOption, SlotArgument, ViaOption
 from .render.table import Column, print_table
 from .render.text import complain, print_json, printable, remark, size_text
 from .selection import document_of, heading, is_wanted, standing
@@ -22,6 +22,7 @@ def checksum(
     directory: DirOption = None,
     match: MatchOption = None,
     via: ViaOption = None,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Read a server's weights and print a checksum of each tensor.
@@ -38,7 +39,7 @@ def checksum(
     )
     chosen = [tensor for tensor in document.iter_tensors() if is_wanted(tensor, match)]
     left_out = [tensor.name for tensor in chosen if not tensor.resident or tensor.volatile]
-    rows = _summed(document, [each for each in chosen if each.name not in left_out], via)
+    rows = _summed(document, [each for each in chosen if each.name not in left_out], via, address)
     wrong = [
         tensor.name
         for tensor, found in rows
@@ -71,8 +72,10 @@ def checksum(
     return status
 
 
-def _summed(document: Document, chosen: list[Tensor], via: Optional[str]) -> list[tuple[Any, str]]:
-    with document.open_memory(via=via) as memory:
+def _summed(
+    document: Document, chosen: list[Tensor], via: Optional[str], address: Optional[str]
+) -> list[tuple[Any, str]]:
+    with document.open_memory(via=via, address=address) as memory:
         rows = [(each, sums.checksum(memory.pieces(each.name))) for each in chosen]
         memory.check()  # all of them are of one generation
     return rows

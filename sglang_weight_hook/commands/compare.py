@@ -11,13 +11,23 @@ import typer
 from ..memory.compare import DIFFERENT, ONLY_ONE, ONLY_OTHER, Finding, compare_sources
 from ..memory.sources import FileSource, Pair, SlotSource, Source, saved_source, slots_of
 from ..reader import HookError
-from .app import ACT, command
+from .app import ACT, Misused, command
 from .options import DirOption, JsonOption, MatchOption, ViaOption
 from .render.table import Column, print_table
 from .render.text import complain, print_json, print_line, printable
 from .selection import heading, is_like
 
 _LISTED = 20
+
+_Addresses = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--address",
+        metavar="HOST[:PORT]",
+        help="With --via mooncake: where the server's mooncake is reached, instead of where it has "
+        "published; the second one given is B's.",
+    ),
+]
 
 
 @command(
@@ -42,6 +52,7 @@ def compare(
         bool, typer.Option("--all", help=f"List all that differ, not only the first {_LISTED}.")
     ] = False,
     via: ViaOption = None,
+    address: _Addresses = None,
     as_json: JsonOption = False,
 ) -> int:
     """Compare the bytes of two sets of weights.
@@ -52,7 +63,7 @@ def compare(
     found: dict[str, list[Finding]] = {}
     described: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        for pair in _pairs(one, other, directory, via, stack):
+        for pair in _pairs(one, other, directory, via, _both(address or []), stack):
             described[pair.label] = {"one": _heading(pair.one), "other": _heading(pair.other)}
             _tell_left_out(pair)
             found[pair.label] = list(
@@ -78,6 +89,7 @@ def _pairs(
     other: str,
     directory: Optional[str],
     via: Optional[str],
+    addresses: tuple[Optional[str], Optional[str]],
     stack: contextlib.ExitStack,
 ) -> Iterator[Pair]:
     """What is compared with what; closed with ``stack``, and one after the other."""
@@ -88,22 +100,32 @@ def _pairs(
             raise HookError(f"{one} and {other} have not the same slots ({apart}); name two slots")
         for name in mine:
             with (
-                contextlib.closing(SlotSource(mine[name], via)) as a,
-                contextlib.closing(SlotSource(yours[name], via)) as b,
+                contextlib.closing(SlotSource(mine[name], via, addresses[0])) as a,
+                contextlib.closing(SlotSource(yours[name], via, addresses[1])) as b,
             ):
                 yield Pair(f"slot {name}", a, b)
         return
     opened: list[Any] = []
-    for word, slots in ((one, mine), (other, yours)):
+    for word, slots, address in ((one, mine, addresses[0]), (other, yours, addresses[1])):
         if slots is not None and len(slots) > 1:
             raise HookError(
                 f"{word} has slots {', '.join(slots)}; name one of them: {word}:{next(iter(slots))}"
             )
         source: Source = (
-            saved_source(word) if slots is None else SlotSource(next(iter(slots.values())), via)
+            saved_source(word)
+            if slots is None
+            else SlotSource(next(iter(slots.values())), via, address)
         )
         opened.append(stack.enter_context(contextlib.closing(source)))
     yield Pair("", *opened)
+
+
+def _both(addresses: list[str]) -> tuple[Optional[str], Optional[str]]:
+    """A's address and B's."""
+    if len(addresses) > 2:
+        raise Misused("--address is given more than twice; give it once for A and once for B")
+    one, other, *_ = [*addresses, None, None]
+    return one, other
 
 
 def _print_findings(label: str, findings: list[Finding], everything: bool) -> None:

@@ -74,7 +74,17 @@ ViaOption = Annotated[
         "--via",
         metavar="WAY",
         help="How to reach the server's memory: process (a CPU server's, by the kernel), cuda (a "
-        "GPU's, opened here) or owner (the server copies it; needs SGLANG_WEIGHT_HOOK_SHARE=1); "
-        "default: the first that works.",
+        "GPU's, opened here), owner (the server copies it; needs SGLANG_WEIGHT_HOOK_SHARE=1), or "
+        "from another machine mooncake or nixl (through SGLANG_WEIGHT_HOOK_SUBSCRIBERS of the "
+        "same name); default: the first that works.",
+    ),
+]
+AddressOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--address",
+        metavar="HOST[:PORT]",
+        help="With --via mooncake: where the server's mooncake is reached, instead of where it has "
+        "published.",
     ),
 ]

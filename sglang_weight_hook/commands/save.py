@@ -8,15 +8,25 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import typer
 
+from ..layout.transport_document import ENGINES
 from ..memory.save import SHARD_BYTES, Progress, Saved, save
-from ..reader import ControlError, HookError, NoSocket, NotAllowed, Slot, open_directory
+from ..reader import (
+    ControlError,
+    Document,
+    HookError,
+    NoSocket,
+    NotAllowed,
+    Slot,
+    open_directory,
+    open_file,
+)
 from ..reader.slot_names import slot_named
 from .app import Misused, command
-from .options import DirOption, JsonOption, MatchOption, ViaOption
+from .options import AddressOption, DirOption, JsonOption, MatchOption, ViaOption
 from .render.text import complain, print_json, print_line, remark, size_text
 from .selection import heading, is_wanted, slots_in
 
@@ -42,7 +52,12 @@ _File = Annotated[
 )
 def save_(
     slot: Annotated[
-        str, typer.Argument(metavar="SLOT", help="A slot of a running server (0, 0_draft, ...).")
+        str,
+        typer.Argument(
+            metavar="SLOT",
+            help="A slot of a running server (0, 0_draft, ...), or with --via mooncake or nixl a "
+            "saved layout file.",
+        ),
     ],
     path: _File,
     directory: DirOption = None,
@@ -60,6 +75,7 @@ def save_(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     via: ViaOption = None,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Save a running server's weights as safetensors.
@@ -71,34 +87,39 @@ def save_(
     if not path.endswith(".safetensors"):
         raise Misused(f"{path} does not end in .safetensors; give a name that does")
     limit = _bytes(shard_size)
-    found = open_directory(directory)
-    chosen = slot_named(found, slots_in(found), slot)
-    _check(chosen)
+    chosen: Union[Slot, Document]
+    if slot.endswith(".json") and not hold:
+        chosen = open_file(slot)
+    else:
+        found = open_directory(directory)
+        chosen = slot_named(found, slots_in(found), slot)
+        if via not in ENGINES:
+            _check(chosen)
+    wanted = functools.partial(is_wanted, pattern=match)
     with contextlib.ExitStack() as stack:
         if hold:
             stack.enter_context(chosen.weights_held())
         tell = stack.enter_context(_progress())
-        try:
-            done = save(
-                chosen,
-                path,
-                functools.partial(is_wanted, pattern=match),
-                limit,
-                via,
-                force,
-                tell,
-            )
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            raise HookError(
-                f"{error.strerror} ({error.filename}); make room and give the same command again, "
-                f"which goes on where this one stopped, or give another path"
-            ) from error
+        stack.enter_context(_explained())
+        done = save(chosen, path, wanted, limit, via, force, tell)
     if as_json:
         return print_json({**heading(done.document), **_as_dict(done)})
     _print_saved(done)
     return 0
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says of a full disk that what is there is gone on with."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise HookError(
+            f"{error.strerror} ({error.filename}); make room and give the same command again, "
+            f"which goes on where this one stopped, or give another path"
+        ) from error
 
 
 def _print_saved(done: Saved) -> None:

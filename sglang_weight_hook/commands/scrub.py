@@ -17,7 +17,7 @@ from ..memory.scrub import RETRY_SECONDS, Baseline, Corruption, Event, Pass, Rea
 from ..reader import HookError, Stale, Tensor, open_directory
 from ..reader.slot_names import slot_named
 from .app import ACT, command
-from .options import DirOption, MatchOption, ViaOption
+from .options import AddressOption, DirOption, MatchOption, ViaOption
 from .render import scrub_metrics
 from .render.text import clock, complain, print_line, size_text
 from .selection import is_wanted, slots_in
@@ -97,6 +97,7 @@ def scrub(
     once: _Once = False,
     stop: _Stop = False,
     via: ViaOption = None,
+    address: AddressOption = None,
     metrics_port: _MetricsPort = None,
     as_json: _JsonLines = False,
 ) -> int:
@@ -109,7 +110,9 @@ def scrub(
     found = open_directory(directory)
     every_slot = slots_in(found)
     slots = [slot_named(found, every_slot, name) for name in slot or []] or every_slot
-    scrubbers = [Scrubber(each, _chosen(match, exclude or []), via, every) for each in slots]
+    scrubbers = [
+        Scrubber(each, _chosen(match, exclude or []), via, every, address) for each in slots
+    ]
     report = scrub_metrics.serve(metrics_port) if metrics_port else lambda event: None
     show = _print_json if as_json else _print_event
     wrong = 0

@@ -12,7 +12,7 @@ from .backend import Backend
 from .bracket import HeaderSource
 from .engine import EngineMemory
 from .errors import Changed, NotReadable
-from .transport import ENGINES, content_generation_of, is_elsewhere
+from .transport import ENGINES, content_generation_of, is_transferred
 
 # Every way on the owner's own machine by its name, in the order in which they are tried.
 WAYS: dict[str, Callable[[Document], Backend]] = {
@@ -78,7 +78,7 @@ class Backends:
         self._open: dict[str, Backend] = {}
         self._refused: dict[str, str] = {}  # why not, by name
         self._transfer: Optional[EngineMemory] = None
-        if via in TRANSFERS or (via is None and is_elsewhere(document)):
+        if is_transferred(document, via):
             self._transfer = self._transferring(via, address)
             self._open[self._transfer.name] = self._transfer
 

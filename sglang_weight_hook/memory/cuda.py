@@ -15,7 +15,7 @@ from typing import Any, Optional
 from ..layout.sharing import FABRIC, NO_EXPORT
 from ..reader import Document, Tensor
 from . import dlpack
-from .backend import Run
+from .backend import Run, Span, fetch_one_by_one
 from .cuda_calls import CudaError, Device, Driver
 from .cuda_mapping import Mappings, Range
 from .cuda_share import Owner, allocations_under, is_current
@@ -149,6 +149,9 @@ class CudaMemory:
         if found is None:
             return None  # it lies in several allocations that are not side by side here
         return dlpack.View(tensor, found.address_of(tensor.ptr), device, self._views)
+
+    def fetch_at(self, spans: Sequence[Span], target: memoryview) -> None:
+        fetch_one_by_one(self, spans, target)
 
     def buffer(self, size: int) -> memoryview:
         return memoryview(bytearray(size))

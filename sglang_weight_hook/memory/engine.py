@@ -14,7 +14,7 @@ from typing import NamedTuple, Optional, Protocol
 from ..layout.header import SIZE
 from ..reader import Document, HookError, Tensor
 from . import transport as transports
-from .backend import Run
+from .backend import Run, Span
 from .errors import Changed, NotReadable, TransferWarning
 from .remote_header import RemoteHeader
 from .staging import Buffer, address_of, batches
@@ -123,7 +123,7 @@ class EngineMemory:
 
     def buffer(self, size: int) -> memoryview:
         if self._connection.writes_anywhere:
-            return memoryview(bytearray(size))
+            return Buffer(size).view
         return self._registered(size).view
 
     def fetch(self, runs: Sequence[Run], target: memoryview) -> None:
@@ -144,6 +144,27 @@ class EngineMemory:
             end = start + batch[-1].offset + batch[-1].size
             target[start:end] = self._staging.view[: end - start]
             start = end
+
+    def fetch_at(self, spans: Sequence[Span], target: memoryview) -> None:
+        here, connection = address_of(target), self._connection
+        if not connection.writes_anywhere and not any(
+            buffer.holds(here, target.nbytes) for buffer in self._buffers
+        ):
+            for address, size, offset in spans:
+                self.fetch([(address, size)], target[offset : offset + size])
+            return
+        reads: list[Read] = []
+        filled = 0
+        for address, size, offset in spans:
+            for start in range(0, size, DIRECT_BYTES):
+                part = min(DIRECT_BYTES, size - start)
+                if filled + part > DIRECT_BYTES or len(reads) == connection.most_reads:
+                    self._read(reads)
+                    reads, filled = [], 0
+                reads.append(Read(here + offset + start, address + start, part))
+                filled += part
+        if reads:
+            self._read(reads)
 
     def _fetch_near(self, runs: Sequence[Run], target: memoryview) -> bool:
         """Fetch runs that lie close together in few reads; false where they do not."""

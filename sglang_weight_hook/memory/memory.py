@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional
 
-from ..reader import Document, HookError, Tensor
+from ..reader import Document, HookError, SpanIndex, Tensor
 from . import boxes
-from .backend import Backend
+from .backend import Backend, Span
 from .bracket import Bracket
 
 if TYPE_CHECKING:
@@ -161,6 +161,29 @@ class Memory:
         copy, target = torch_tensors.empty(tensor)
         self._read(tensor, target)
         return copy
+
+    def read_spans(self, tensors: Sequence[Tensor], spans: Sequence[Span]) -> memoryview:
+        """The stretches under the tensors in a buffer of their own: `pull` is made of it.
+
+        Raises `Changed`, `NotReadable`, HookError.
+        """
+        self._raise_if_closed()
+        size = max((span.offset + span.size for span in spans), default=0)
+        with self._bracket.read():
+            ways = {backend.name: backend for backend in map(self._backend_of, tensors)}
+            if len(ways) == 1:
+                backend = next(iter(ways.values()))
+                buffer = backend.buffer(size)
+                backend.fetch_at(spans, buffer)
+                return buffer
+            buffer = memoryview(bytearray(size))
+            index = SpanIndex((s.address, s.address + s.size, s) for s in spans)
+            for tensor in tensors:  # as on some servers, of which a part is in host memory
+                for span in index.at(tensor.ptr) if tensor.span else ():
+                    start = span.offset + tensor.ptr - span.address
+                    run = [(tensor.ptr, tensor.span)]
+                    self._backend_of(tensor).fetch(run, buffer[start : start + tensor.span])
+            return buffer
 
     def check(self) -> None:
         """Raises `Changed` where the weights are no longer those of the document."""

@@ -17,7 +17,7 @@ from ..layout.states import READY
 from ..layout.variables import SHARE
 from ..reader import Busy, Document, HookError, NoSocket, NotAllowed, OwnerGone, Tensor
 from ..reader.conversation import Conversation
-from .backend import Run
+from .backend import Run, Span, fetch_one_by_one
 from .errors import Changed, NotReadable
 
 NAME = "owner"
@@ -67,6 +67,9 @@ class OwnerMemory:
                     raise Changed(str(error)) from error
                 raise
             start += size
+
+    def fetch_at(self, spans: Sequence[Span], target: memoryview) -> None:
+        fetch_one_by_one(self, spans, target)
 
     def buffer(self, size: int) -> memoryview:
         return memoryview(bytearray(size))

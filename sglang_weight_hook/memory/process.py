@@ -18,7 +18,7 @@ from typing import Any, Optional
 
 from ..layout import process
 from ..reader import Document, Tensor
-from .backend import Run
+from .backend import Run, Span, fetch_one_by_one
 from .errors import Changed, NotReadable
 
 NAME = "process"
@@ -71,6 +71,9 @@ class ProcessMemory:
             start += size
         if not self._is_there():
             raise self._gone()
+
+    def fetch_at(self, spans: Sequence[Span], target: memoryview) -> None:
+        fetch_one_by_one(self, spans, target)
 
     def buffer(self, size: int) -> memoryview:
         return memoryview(bytearray(size))

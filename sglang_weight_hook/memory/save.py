@@ -14,7 +14,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 from .. import __version__
 from ..layout.states import READY
@@ -23,6 +23,7 @@ from . import safetensors_file
 from .errors import Changed
 from .memory import Memory
 from .safetensors_file import Entry
+from .transport import is_transferred
 
 SHARD_BYTES = 5_000_000_000  # as Hugging Face's libraries have it
 PARTIAL = ".partial"  # added to a name until the file is whole
@@ -52,25 +53,28 @@ class Progress(NamedTuple):
 
 
 def save(
-    slot: Slot,
+    source: Union[Slot, Document],
     path: str,
     wanted: Callable[[Tensor], bool] = lambda tensor: True,
     shard_bytes: int = SHARD_BYTES,
     via: Optional[str] = None,
     force: bool = False,
     tell: Callable[[Progress], None] = lambda progress: None,
+    address: Optional[str] = None,
 ) -> Saved:
     """Save a slot's weights as ``path``, or as several files and an index named after it.
 
+    ``source``: also a saved copy of a map, whose memory a transfer engine reaches (``via``,
+    ``address``).
     Raises HookError: `Changed` if the weights change meanwhile (nothing is left then), and OSError
     where the files cannot be written (what was written is taken up by the next try, if the weights
     are still the same then).
     """
     safetensors_file.require()  # and not after an hour of writing
-    document = _good_document(slot)
+    document = _good_document(source, via)
     chosen, left_out = _chosen(document, wanted)
     if not chosen:
-        raise HookError(f"slot {slot.name} has no tensor to be saved; see --match")
+        raise HookError(f"slot {document.slot.name} has no tensor to be saved; see --match")
     pairs = {tensor.name: safetensors_file.entry_of(tensor) for tensor in chosen}
     raw = {tensor.name: tensor.dtype for tensor in chosen if pairs[tensor.name][1]}
     metadata = _metadata(document, left_out, raw)
@@ -81,7 +85,7 @@ def save(
     total = sum(tensor.size for tensor in chosen)
     resumed = done = 0
     with _alone(target.files[0] + PARTIAL), _nothing_left_of_others(target.files):
-        with document.open_memory(via=via) as memory:
+        with document.open_memory(via=via, address=address) as memory:
             for name, header, shard in zip(target.files, headers, shards):
                 size = sum(entry.size for entry in shard)
                 if name in whole:
@@ -111,8 +115,11 @@ class _Target(NamedTuple):
     index_file: str  # written only for several files
 
 
-def _good_document(slot: Slot) -> Document:
-    document = slot.read()
+def _good_document(source: Union[Slot, Document], via: Optional[str]) -> Document:
+    document = source if isinstance(source, Document) else source.read()
+    slot = document.slot
+    if is_transferred(document, via):
+        return document  # what is true there, the owner's own header says
     if not document.owner_alive():
         raise OwnerGone(
             f"slot {slot.name} is stale: its owner has exited, and its memory with it; start the "

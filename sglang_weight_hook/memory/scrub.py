@@ -19,6 +19,7 @@ from . import sums
 from .boxes import index_of
 from .errors import NotReadable
 from .memory import Memory
+from .transport import is_transferred
 
 PIECE = 2 << 20  # bytes that are read at a time; a multiple of `sums.BLOCK`
 RETRY_SECONDS = 0.5  # while there is nothing to be read
@@ -90,17 +91,23 @@ class Scrubber:
         wanted: Callable[[Tensor], bool] = lambda tensor: True,
         via: Optional[str] = None,
         every: float = 0.0,
+        address: Optional[str] = None,
     ) -> None:
-        """``wanted``: which tensors; ``every``: seconds between the beginnings of two passes."""
+        """``wanted``: which tensors; ``every``: seconds between the beginnings of two passes.
+
+        ``via``, ``address``: as for `Document.open_memory`.
+        """
         self.slot = slot
         self._every = every
         self._began = -every
         self.via = via
+        self._address = address
         self._wanted = wanted
         self._sums: dict[str, Any] = {}  # by tensor: the sums of its blocks
         self._key: Any = None  # what the sums are of
         self._passes = 0
         self.why: Optional[str] = None  # it cannot be read now
+        self._is_transferred = False  # whether an engine reads it, perhaps on another machine
         self._worked = False  # whether anything could be read
 
     def events(self) -> Iterator[Event]:
@@ -135,6 +142,8 @@ class Scrubber:
         """Whether the last pass was a moment ago and nothing has changed since: one small read."""
         if self._key is None or time.monotonic() >= self._began + self._every:
             return False
+        if self._is_transferred:
+            return True  # there may be no header file here: the next pass tells
         header = self.slot.header()
         return (
             header.state == READY
@@ -150,6 +159,9 @@ class Scrubber:
         )
 
     def _cannot_be_read(self, document: Document) -> Optional[str]:
+        self._is_transferred = is_transferred(document, self.via)
+        if self._is_transferred:
+            return None  # what is true there, the owner's own header says
         if not document.owner_alive():
             return f"the owner of slot {self.slot.name} has exited"
         if document.state["state"] != READY:
@@ -167,7 +179,7 @@ class Scrubber:
         tensors = [tensor for tensor in document.iter_tensors() if self._covers(tensor)]
         taken: dict[str, Any] = {}
         ways = set()
-        with document.open_memory(via=self.via) as memory:
+        with document.open_memory(via=self.via, address=self._address) as memory:
             for tensor in tensors:
                 rows = []
                 for start, piece in _pieces(memory, tensor):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol, Union
 
-from ..reader import HookError, Slot, open_directory
+from ..reader import Document, HookError, Slot, open_directory, open_file
 from ..reader.slot_names import slot_named
 from .memory import PIECE, Memory
 from .safetensors_file import Entry, SafetensorsFile, entry_of, index_of
@@ -40,10 +40,17 @@ class Pair(NamedTuple):
 class SlotSource:
     """A slot of a running server."""
 
-    def __init__(self, slot: Slot, via: Optional[str] = None) -> None:
-        self.document = document = slot.read()
-        self.label = f"slot {slot.name} in {slot.directory}"
-        self._memory: Memory = document.open_memory(via=via)
+    def __init__(
+        self,
+        source: Union[Slot, Document],
+        via: Optional[str] = None,
+        address: Optional[str] = None,
+    ) -> None:
+        """``source``: also a saved copy of a map, for a transfer engine.  Raises HookError."""
+        document = source if isinstance(source, Document) else source.read()
+        self.label = f"slot {document.slot.name} in {document.slot.directory}"
+        self._memory: Memory = document.open_memory(via=via, address=address)
+        self.document = document = self._memory.document
         self.entries: dict[str, Entry] = {}
         self.aliases: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
@@ -113,13 +120,16 @@ def _object(text: Optional[str]) -> dict[str, Any]:
 # --- what a word on the command line means ------------------------------------------------
 
 
-def slots_of(word: str, directory: Optional[str]) -> Optional[dict[str, Slot]]:
+def slots_of(word: str, directory: Optional[str]) -> Optional[Mapping[str, Union[Slot, Document]]]:
     """The slots that ``word`` names: ``0``, ``DIR:0``, or all of ``DIR``; None: it is no slot.
 
-    Raises HookError.
+    Also a saved layout file's.  Raises HookError.
     """
     if word.endswith((".safetensors", ".safetensors.index.json")):
         return None
+    if word.endswith(".json"):
+        document = open_file(word)
+        return {document.slot.name: document}
     if os.path.isdir(word):
         names = glob.glob(os.path.join(glob.escape(word), "weight_state_*.json"))
         return {slot.name: slot for slot in open_directory(word).slots()} if names else None

@@ -31,6 +31,21 @@ def empty(tensor: Tensor) -> tuple[torch.Tensor, memoryview]:
     return found, memoryview(found.view(-1).view(module.uint8).numpy().data)
 
 
+def over(tensor: Tensor, data: memoryview) -> torch.Tensor:
+    """A tensor over bytes that lie as the owner's do, with its strides: no copy.
+
+    Raises NotReadable.
+    """
+    module = _torch()
+    kind = getattr(module, tensor.dtype.removeprefix("torch."), None)
+    if not isinstance(kind, module.dtype):
+        raise NotReadable(
+            f"this torch ({module.__version__}) has no {tensor.dtype}; take the bytes with read()"
+        )
+    flat = module.frombuffer(data, dtype=kind)
+    return flat.as_strided(tensor.shape, tensor.stride)  # type: ignore[no-any-return]
+
+
 def from_dlpack(view: Any) -> torch.Tensor:
     """A tensor over ``view``, an object with ``__dlpack__``: no copy.  Raises NotReadable.
 

@@ -36,6 +36,7 @@ __all__ = [
     "has_rdma_device",
     "is_elsewhere",
     "is_loopback",
+    "is_transferred",
     "session_of",
     "transport_of",
     "warnings",
@@ -62,6 +63,11 @@ def is_elsewhere(document: Document) -> bool:
     """Whether the document's owner runs on another machine than this process."""
     theirs, mine = document.state.get("boot_id"), process.boot_id()
     return isinstance(theirs, str) and mine is not None and theirs != mine
+
+
+def is_transferred(document: Document, via: Optional[str]) -> bool:
+    """Whether `Document.open_memory` with ``via`` goes through a transfer engine."""
+    return via in ENGINES or (via is None and is_elsewhere(document))
 
 
 def transport_of(document: Document, engine: str) -> Transport:
