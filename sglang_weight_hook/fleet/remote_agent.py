@@ -21,7 +21,7 @@ from ..layout.documents import SCHEMA, STATE_SCHEMA
 from ..reader import HookError, Unreachable
 from ..reader.files import MAX_DOCUMENT_BYTES, check_schema, file_name
 from .access import TOKEN, Access, TokenInClear
-from .wire import Answer, Peer
+from .wire import Answer, Peer, Stop
 
 SCHEMA_NAME, SCHEMA_VERSION = "sglang-weight-agent", 1
 
@@ -190,7 +190,8 @@ class RemoteAgent:
     def events(
         self,
         silence: float,
-        until: Optional[float] = None,
+        until: Optional[float],
+        stop: Stop,
         last_id: Optional[str] = None,
         id: Optional[str] = None,
     ) -> Iterator[Iterator[bytes]]:
@@ -199,7 +200,8 @@ class RemoteAgent:
         headers = {"Accept": "text/event-stream", **self._authorization()}
         if last_id is not None:
             headers["Last-Event-ID"] = last_id
-        with self._peer.stream(path, REQUEST_TIMEOUT, silence, headers, until) as (status, lines):
+        with self._peer.stream(path, REQUEST_TIMEOUT, silence, headers, until, stop) as told:
+            status, lines = told
             self._good(Answer(status, {}, b""))
             yield lines
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..reader import HookError
+from .wire import Stop
 
 if TYPE_CHECKING:
     from .remote_agent import RemoteAgent
@@ -62,10 +64,10 @@ Told = Union[Mapping[str, Any], str, HookError]
 
 def follow(
     agent: RemoteAgent,
-    stopped: threading.Event,
+    stopped: Stop,
     until: Optional[float] = None,
     id: Optional[str] = None,
-) -> Iterator[Told]:
+) -> Generator[Told, None, None]:
     """What an agent tells, until ``stopped`` or that time: every slot as it is, then each change.
 
     An agent that does not answer is asked again, and each failure told.
@@ -74,7 +76,7 @@ def follow(
     pause = PAUSE
     while not stopped.is_set():
         try:
-            with agent.events(SILENCE, until, last_id, id) as lines:
+            with agent.events(SILENCE, until, stopped, last_id, id) as lines:
                 for sent in sent_events(lines):
                     if stopped.is_set():
                         return
@@ -84,6 +86,8 @@ def follow(
                     if told is not None:
                         yield told
         except HookError as error:
+            if stopped.is_set():
+                return
             if until is not None and time.monotonic() >= until:
                 return
             yield error
@@ -112,12 +116,15 @@ def _told(agent: RemoteAgent, sent: Sent) -> Optional[Told]:
     return agent.checked_entry(found)
 
 
-def changes_of(slot: RemoteSlot, timeout: Optional[float]) -> Iterator[Mapping[str, Any]]:
+def changes_of(
+    slot: RemoteSlot, timeout: Optional[float]
+) -> Generator[Mapping[str, Any], None, None]:
     """What the agent says of one slot: as it is, and at each change; ends after ``timeout``."""
     until = None if timeout is None else time.monotonic() + timeout
-    for told in follow(slot.agent, threading.Event(), until, slot.id):
-        if isinstance(told, Mapping) and told["id"] == slot.id:
-            yield told
+    with contextlib.closing(follow(slot.agent, Stop(), until, slot.id)) as all_told:
+        for told in all_told:
+            if isinstance(told, Mapping) and told["id"] == slot.id:
+                yield told
 
 
 class Follower:
@@ -125,7 +132,7 @@ class Follower:
 
     def __init__(self) -> None:
         self.told: queue.SimpleQueue[tuple[RemoteAgent, Told]] = queue.SimpleQueue()
-        self._stopped: dict[str, threading.Event] = {}
+        self._stopped: dict[str, Stop] = {}
 
     def follow(self, agents: Iterable[RemoteAgent]) -> None:
         """From now on these and no others."""
@@ -133,7 +140,7 @@ class Follower:
         for url in self._stopped.keys() - wanted.keys():
             self._stopped.pop(url).set()
         for url in wanted.keys() - self._stopped.keys():
-            stopped = self._stopped[url] = threading.Event()
+            stopped = self._stopped[url] = Stop()
             threading.Thread(
                 target=self._run, args=(wanted[url], stopped), name="follow", daemon=True
             ).start()
@@ -147,6 +154,6 @@ class Follower:
     def close(self) -> None:
         self.follow(())
 
-    def _run(self, agent: RemoteAgent, stopped: threading.Event) -> None:
+    def _run(self, agent: RemoteAgent, stopped: Stop) -> None:
         for told in follow(agent, stopped):
             self.told.put((agent, told))

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Optional, Union
 
 from ..layout import files
+from ..layout.documents import STATE_SCHEMA
 from ..layout.header import Header
 from ..layout.layout_document import Memory
 from ..reader import (
@@ -86,7 +87,7 @@ class RemoteSlot(Slot):
         state = entry["state"]
         if state is None:
             return None
-        check_schema(state, "sglang-weight-state", self.path(files.STATE))
+        check_schema(state, STATE_SCHEMA, self.path(files.STATE))
         return dict(state)
 
     def read(self, timeout: float = 10.0) -> Document:
@@ -207,10 +208,12 @@ class RemoteSlot(Slot):
         if since is None:
             state = self.state_if_any()
             known = state
-        for found in changes_of(self, timeout):
-            if found["state"] is not None:
+        with contextlib.closing(changes_of(self, timeout)) as changes:
+            for found in changes:
+                if found["state"] is None:
+                    continue
                 state = dict(found["state"])
-                check_schema(state, "sglang-weight-state", self.path(files.STATE))
+                check_schema(state, STATE_SCHEMA, self.path(files.STATE))
                 if state != known and not _is_older(state, known):
                     return state
         return None
@@ -227,7 +230,7 @@ class RemoteSlot(Slot):
                     if seen is None and not found["owner_alive"]:
                         raise self._missing()
                     continue
-                check_schema(state, "sglang-weight-state", self.path(files.STATE))
+                check_schema(state, STATE_SCHEMA, self.path(files.STATE))
                 if settled(state) and generation_of(state) != seen:
                     document = self.read()
                     if settled(document.state) and generation_of(document.state) != seen:

@@ -82,6 +82,10 @@ class _TimedSocket:
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(_TimedReader(self._sock, self._clock), 64 * 1024)
 
+    def shut_down(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._sock.close()
 
@@ -104,6 +108,39 @@ class _Connection(http.client.HTTPConnection):
             sock.close()
             raise
         self.sock: Any = _TimedSocket(sock, self.clock)
+
+
+class Stop:
+    """Ends what waits for the next line of a stream, from another thread."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._lock = threading.Lock()
+        self._sockets: set[_TimedSocket] = set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> None:
+        self._event.wait(seconds)
+
+    def set(self) -> None:
+        with self._lock:
+            self._event.set()
+            for sock in self._sockets:
+                sock.shut_down()
+
+    @contextlib.contextmanager
+    def ends(self, sock: _TimedSocket) -> Iterator[None]:
+        with self._lock:
+            self._sockets.add(sock)
+            if self._event.is_set():
+                sock.shut_down()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(sock)
 
 
 class Peer:
@@ -180,11 +217,13 @@ class Peer:
         timeout: float,
         silence: float,
         headers: Mapping[str, str],
-        until: Optional[float] = None,
+        until: Optional[float],
+        stop: Stop,
     ) -> Iterator[tuple[int, Iterator[bytes]]]:
         """Status and lines of an answer that goes on; ``silence``: the longest pause in it.
 
-        ``timeout``: until it begins; ``until``: a time of `time.monotonic` at which it ends.
+        ``timeout``: until it begins; ``until``: a time of `time.monotonic` at which it ends, and
+        ``stop`` ends it from another thread.
         Raises Unreachable, also while the lines are read.
         """
         connection = _Connection(self.host, self.port, self._context)
@@ -192,7 +231,8 @@ class Peer:
         try:
             with self._reaching(timeout):
                 response = _send(connection, path, {**headers, "Accept-Encoding": "identity"}, None)
-            yield response.status, self._lines(response, connection.clock, silence, until)
+            with stop.ends(connection.sock):
+                yield response.status, self._lines(response, connection.clock, silence, until)
         finally:
             connection.close()
 
@@ -213,6 +253,11 @@ class Peer:
                 if len(line) > MAX_LINE:
                     raise http.client.HTTPException(f"a line is longer than {MAX_LINE} bytes")
                 yield line
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # half made, or at the interpreter's end
+            for connection in self._idle:
+                connection.close()
 
     def _connection(self, deadline: float) -> tuple[_Connection, bool]:
         with self._lock:
