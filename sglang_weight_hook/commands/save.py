@@ -98,10 +98,11 @@ def save_(
     wanted = functools.partial(is_wanted, pattern=match)
     with contextlib.ExitStack() as stack:
         if hold:
+            assert isinstance(chosen, Slot)  # of a saved map there is nothing to be held
             stack.enter_context(chosen.weights_held())
         tell = stack.enter_context(_progress())
         stack.enter_context(_explained())
-        done = save(chosen, path, wanted, limit, via, force, tell)
+        done = save(chosen, path, wanted, limit, via, force, tell, address)
     if as_json:
         return print_json({**heading(done.document), **_as_dict(done)})
     _print_saved(done)

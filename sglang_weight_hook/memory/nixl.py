@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from ..layout.engines import BY_NAME
 from ..layout.transport_document import NIXL
 from ..reader import Document, Tensor
 from .engine import EngineMemory, Read
@@ -27,7 +28,6 @@ from .transport import Transport
 
 NAME = NIXL
 
-MODULES = ("nixl_cu12", "nixl_cu13", "nixl")  # the wheel's, by CUDA's release; the last imports one
 _TIMEOUT = 15.0  # seconds, for a read of a few bytes
 _SLOWEST = 4 << 20  # bytes a second that more take at least
 _SPINS = 200  # looks at a transfer before the processor is given to others between them
@@ -189,7 +189,7 @@ def _api() -> Any:
         os.environ["NIXL_LOG_LEVEL"] = "ERROR"  # read once, when it is imported
     reasons = []
     try:
-        for module in MODULES:
+        for module in BY_NAME[NIXL].modules:
             try:
                 known = f"{module}._api" in sys.modules
                 api = importlib.import_module(f"{module}._api")
