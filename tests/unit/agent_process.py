@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import published_files
 import pytest
 
 pytest.importorskip("torch")
@@ -23,6 +24,23 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 ROOT = Path(__file__).resolve().parents[2]
+# Run first in an agent's process: it goes on as a user who has no rights at all, once it has read
+# its options, in a Python that this user could not have started.
+AS_NOBODY = """
+import os
+import sglang_weight_hook.commands.lookup, sglang_weight_hook.commands.serve as command
+import sglang_weight_hook.commands.render.page, sglang_weight_hook.fleet.registration
+import anyio._backends._asyncio, encodings.idna, sglang_weight_hook.fleet.server
+import uvicorn.lifespan.off, uvicorn.loops.asyncio
+as_told = command.directories_of
+def as_nobody(given):
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    return as_told(given)
+command.directories_of = as_nobody
+"""
 TOKEN = "a-token-that-nobody-else-may-see-7f3a"
 
 # Publishes as many slots as it is told, and changes them on a word and a number a line.
@@ -52,6 +70,11 @@ for line in sys.stdin:
         event("update_weights_from_disk", "update", [runner], result=(False, "no such file"))
     print("done", flush=True)
 """
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """What it answers at last.  Patient: these tests start many processes, perhaps at once."""
+    return published_files.eventually(holds, seconds)
 
 
 class Publisher:
@@ -110,7 +133,7 @@ class Agent:
     ``before``: code that runs first in its process, to shorten times that are long for a test.
     """
 
-    def __init__(self, folder: Path, *arguments: object, before: str = "", user: int = 0) -> None:
+    def __init__(self, folder: Path, *arguments: object, before: str = "") -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / f"agent-{time.monotonic_ns()}.log"
         code = f"import sys\n{before}\nfrom sglang_weight_hook.commands.entry import main\n"
@@ -124,7 +147,6 @@ class Agent:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                user=user or None,
             )
         assert self.process.stdout is not None
         found = re.match(r"serving (https?)://(.*):(\d+)\n", self.process.stdout.readline())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -10,10 +11,13 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sglang_weight_hook.fleet.etcd import PREFIX, EtcdError
 
 ETCD = shutil.which("etcd")
 
@@ -95,3 +99,37 @@ def a_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
         capture_output=True,
     )
     return certificate, key
+
+
+def answered(ask: Callable[[], Any]) -> Any:
+    """The answer of an etcd that has been started again, and has no leader for a moment."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return ask()
+        except EtcdError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def with_users(etcd: EtcdServer) -> None:
+    """A user who may have what is ours, another who may not, and nobody else."""
+    reach = f"{PREFIX[:-1]}0"
+    etcd.post("auth/role/add", name="agent")
+    etcd.post(
+        "auth/role/grant",
+        name="agent",
+        perm={"permType": "READWRITE", "key": coded(PREFIX), "range_end": coded(reach)},
+    )
+    for name, role in (("root", "root"), ("agent", "agent"), ("other", None)):
+        etcd.post("auth/user/add", name=name, password=f"password-of-{name}")
+        if role == "root":
+            etcd.post("auth/role/add", name="root")
+        if role is not None:
+            etcd.post("auth/user/grant", user=name, role=role)
+    etcd.post("auth/enable")
+
+
+def coded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ def started() -> Iterator[list[Any]]:
     yield made
     for one in reversed(made):
         one.process.kill()
-        one.process.communicate()
+        one.process.wait()
+        for pipe in (one.process.stdin, one.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was not taken any more
+                    pipe.close()
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_process import ROOT, Agent, Publisher
-from published_files import eventually
+from agent_process import ROOT, Agent, Publisher, eventually
 
 from sglang_weight_hook.reader import open_directory
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from etcd_process import EtcdServer, a_certificate, free_port
+from etcd_process import EtcdServer, a_certificate, answered, free_port, with_users
 
 from sglang_weight_hook.fleet.etcd import (
     PREFIX,
@@ -27,18 +26,6 @@ from sglang_weight_hook.fleet.etcd import (
 @pytest.fixture
 def client(etcd: EtcdServer) -> Etcd:
     return Etcd([etcd.url])
-
-
-def answered(ask: Callable[[], Any]) -> Any:
-    """The answer of an etcd that has been started again, and has no leader for a moment."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return ask()
-        except EtcdError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 def test_a_key_is_put_only_if_it_is_as_it_was_known(client: Etcd) -> None:
@@ -150,30 +137,6 @@ def test_one_that_stands_still_is_waited_for_no_longer_than_agreed(etcd: EtcdSer
     assert time.monotonic() - began < 5
     etcd.go_on()
     assert client.get("/a") is None
-
-
-def with_users(etcd: EtcdServer) -> None:
-    """A user who may have what is ours, another who may not, and nobody else."""
-    reach = f"{PREFIX[:-1]}0"
-    etcd.post("auth/role/add", name="agent")
-    etcd.post(
-        "auth/role/grant",
-        name="agent",
-        perm={"permType": "READWRITE", "key": coded(PREFIX), "range_end": coded(reach)},
-    )
-    for name, role in (("root", "root"), ("agent", "agent"), ("other", None)):
-        etcd.post("auth/user/add", name=name, password=f"password-of-{name}")
-        if role == "root":
-            etcd.post("auth/role/add", name="root")
-        if role is not None:
-            etcd.post("auth/user/grant", user=name, role=role)
-    etcd.post("auth/enable")
-
-
-def coded(text: str) -> str:
-    import base64
-
-    return base64.b64encode(text.encode()).decode()
 
 
 def test_users_passwords_and_what_they_may(etcd: EtcdServer) -> None:
