@@ -29,15 +29,15 @@ def shared(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None
     with GpuServer(python, a, folder, arguments, SHARES) as server:
         for way in ("cuda", "owner"):
             with report.check(f"the target's bytes by {way} are the checkpoint's") as seen:
-                seen.update(_compare(server.maps.slot("0"), a, way))
+                seen.update(compare(server.maps.slot("0"), a, way))
         with report.check("the draft's bytes are what the driver reads in the server") as seen:
             slot = server.maps.slot("0_draft")
             seen.update(_compare_raw(slot, server.bytes_by_slot()["0_draft"]))
         with report.check("bytes after an update from disk") as seen:
             status, answer = server.update_weights_from_disk(b)
             assert status == 200, answer
-            seen.update(_compare(server.maps.slot("0"), b, None))
-        _stands(report, server)
+            seen.update(compare(server.maps.slot("0"), b, None))
+        stands(report, server)
 
 
 def shared_saver(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
@@ -47,7 +47,7 @@ def shared_saver(report: Report, python: Path, a: Path, b: Path, folder: Path) -
         with report.check("memory saver: the owner copies what cannot be opened") as seen:
             exports = {region.export for region in slot.read().iter_regions()}
             assert "none" in exports, exports
-            seen.update(_compare(slot, a, None), exports=sorted(map(str, exports)))
+            seen.update(compare(slot, a, None), exports=sorted(map(str, exports)))
         with report.check("memory saver: released memory is not read") as seen:
             document = slot.read()
             server.wait_idle()
@@ -64,8 +64,8 @@ def shared_saver(report: Report, python: Path, a: Path, b: Path, folder: Path) -
             assert status == 200, answer
             status, answer = server.update_weights_from_disk(b)
             assert status == 200, answer
-            seen.update(_compare(slot, b, None))
-        _stands(report, server)
+            seen.update(compare(slot, b, None))
+        stands(report, server)
 
 
 def shared_fp8(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None:
@@ -77,10 +77,10 @@ def shared_fp8(report: Report, python: Path, a: Path, b: Path, folder: Path) -> 
             types = Counter(tensor.dtype for tensor in slot.read().iter_tensors())
             assert any("float8" in dtype for dtype in types), types
             seen["dtypes"] = dict(types)
-        _stands(report, server)
+        stands(report, server)
 
 
-def _compare(slot: hook.Slot, model: Path, way: str | None) -> dict[str, object]:
+def compare(slot: hook.Slot, model: Path, way: str | None) -> dict[str, object]:
     """Every tensor of the checkpoint, as the server has it, read from outside."""
     wanted = checkpoint_bytes.expected(model)
     ways: Counter[str] = Counter()
@@ -145,7 +145,7 @@ def _in_memory_order(values: bytes, tensor: hook.Tensor) -> bytes:
     return bytes(result)
 
 
-def _stands(report: Report, server: GpuServer) -> None:
+def stands(report: Report, server: GpuServer) -> None:
     with report.check("the server answers, and has said nothing of the device") as seen:
         assert server.generate()
         said = [line for line in server.said() if "CUDA error" in line or "Exception" in line]

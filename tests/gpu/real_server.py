@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.gpu.checks_background import lora, offload, saver, unannounced
 from tests.gpu.checks_bytes import shared, shared_fp8, shared_saver
 from tests.gpu.checks_drafts import eagle, speculative
+from tests.gpu.checks_engines import engine
 from tests.gpu.checks_one_server import plain
 from tests.gpu.checks_serving import serving
 from tests.gpu.checks_sizes import DEEPSEEK_V3, LLAMA_70B, real_size, tensor_parallel
@@ -45,11 +46,15 @@ CHECKS: dict[str, Callable[..., None]] = {
     "shared": shared,
     "shared_saver": shared_saver,
     "shared_fp8": shared_fp8,
+    "mooncake": engine("mooncake"),
+    "nixl": engine("nixl"),
     "tensor_parallel": tensor_parallel,
     "llama": real_size(LLAMA_70B),
     "deepseek": real_size(DEEPSEEK_V3),
 }
-ON_ONE_GPU = tuple(name for name in CHECKS if name != "tensor_parallel")
+# Not among those that run unless named: another GPU, packages beside SGLang.
+NAMED_ONLY = {"tensor_parallel", "mooncake", "nixl"}
+ON_ONE_GPU = tuple(name for name in CHECKS if name not in NAMED_ONLY)
 
 
 def run(python: Path, names: Sequence[str], result: Path | None = None) -> Report:
