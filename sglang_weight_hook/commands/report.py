@@ -82,7 +82,7 @@ def report(
         print_json(
             {
                 "gpus": [{**gpu.as_dict(), "rest": _other(gpu)} for gpu in gpus],
-                "total": {**total.as_dict(), "rest": _other(total)},
+                "total": _total(total),
                 "slots": [slot.as_dict() for slot in slots],
             }
         )
@@ -97,6 +97,15 @@ def report(
         )
     _print_gpus(form, gpus, total)
     return status
+
+
+def _total(total: totals.Gpu) -> dict[str, Any]:
+    """Of all devices, so without what names one."""
+    figures = {name: value for name, value in total.as_dict().items() if name not in _NAMES_OF_ONE}
+    return {"gpus": total.gpu_id, **figures, "rest": _other(total)}
+
+
+_NAMES_OF_ONE = ("hostname", "gpu_id", "uuid", "device")
 
 
 def _accounted(asked: list[Directory], count_stale: bool) -> tuple[list[_Accounted], int]:

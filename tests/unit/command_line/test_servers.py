@@ -29,6 +29,8 @@ def test_report_adds_up_several_directories(
     assert one["total"]["weights"] == memory["weights_bytes"]
     assert one["total"]["kv_cache"] == memory["kv_cache_bytes"]
     assert one["total"]["rest"] is None
+    assert one["total"]["gpus"] == 1
+    assert not one["total"].keys() & {"hostname", "gpu_id", "uuid", "device"}  # those of one GPU
     (slot,) = one["slots"]
     assert slot["identity"]["model_class"] == "Model"
     other = tmp_path / "other"
