@@ -1,0 +1,47 @@
+"""A second network namespace beside this one, as another machine would have: a veth pair between.
+
+Needs root and ``ip`` (iproute2).  What runs in it shares files and processes with the tests, and
+reaches nothing of the network here but the one address.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+HERE, THERE = "10.213.77.1", "10.213.77.2"
+
+
+class NoNamespaces(Exception):
+    """Why there can be none."""
+
+
+@contextmanager
+def second_namespace() -> Iterator[list[str]]:
+    """What to put before a command for it to run there.  Raises NoNamespaces."""
+    if shutil.which("ip") is None:
+        raise NoNamespaces("there is no `ip` (iproute2)")
+    name, here, there = (f"swh{kind}{os.getpid()}" for kind in ("n", "a", "b"))
+    _ip("netns", "add", name)
+    try:
+        _ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
+        try:
+            _ip("addr", "add", f"{HERE}/30", "dev", here)
+            _ip("link", "set", here, "up")
+            _ip("-n", name, "addr", "add", f"{THERE}/30", "dev", there)
+            _ip("-n", name, "link", "set", there, "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            yield ["ip", "netns", "exec", name]
+        finally:
+            subprocess.run(["ip", "link", "del", here], check=False)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NoNamespaces(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
