@@ -108,6 +108,9 @@ ENTRY_POINTS = (
     EntryPoint("encoder_ready", "build", ENCODER_OLD, "__init__", "self", "0.5.8.post1", "0.5.18"),
     EntryPoint("encoder_ready", "build", ENCODER, "__init__", "self", "0.5.20"),
     EntryPoint("scheduler_ready", "settle", SCHEDULER, "__init__", "process"),
+    # Programs that make a runner themselves (bench_one_batch): nothing else says that it is whole.
+    EntryPoint("runner_ready", "complete", RUNNER, "__init__", "self", OLDEST, "0.5.13.post1"),
+    EntryPoint("runner_ready", "complete", RUNNER, "alloc_memory_pool", "self", "0.5.14"),
 
     EntryPoint(_DISK, "update", RUNNER, _DISK, "self", OLDEST, "0.5.15.post1"),
     EntryPoint(_DISK, "update", UPDATER, _DISK, "updater", "0.5.18"),

@@ -9,6 +9,8 @@ effect    what the call does                                    what is publishe
 ========  ====================================================  ===========================
 load      loads a runner's model; the engine is not built yet   everything, ``loading``
 build     constructs something that loads its own model         everything, ``ready``
+complete  the last step of making a runner; an end where no     everything, ``ready``
+          scheduler is being built (a benchmark, a test)
 commit    fills the loaded addresses with the real values       everything, ``loading``
 settle    the scheduler is built; drafts have re-bound theirs   everything, ``ready``
 update    may replace any weight                                everything
@@ -31,7 +33,7 @@ from typing import Any, Optional
 
 EFFECTS = frozenset(
     (
-        *("load", "build", "commit", "settle", "update", "partial", "adapt"),
+        *("load", "build", "complete", "commit", "settle", "update", "partial", "adapt"),
         *("stream", "relocate", "open", "close", "release", "resume"),
     )
 )

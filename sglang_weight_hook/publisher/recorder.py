@@ -134,7 +134,7 @@ def begin(
         if effect == "settle":
             _building.add(begun.call)
         # What a constructor's runners are is known when it has returned.
-        if effect not in ("settle", "build"):
+        if effect not in ("settle", "build", "complete"):
             _join(begun, _participants(effect, begun.named))
     return begun
 
@@ -146,6 +146,8 @@ def finish(begun: Begun, result: Any, error: Optional[BaseException]) -> None:
     success, message = outcome(result, error)
     with _Exclusive():
         _building.discard(begun.call)
+        if begun.effect == "complete" and _is_alone(begun.named):
+            begun = begun._replace(effect="build")
         if begun.effect in ("settle", "build"):
             if error is not None:
                 return
@@ -162,11 +164,16 @@ def finish(begun: Begun, result: Any, error: Optional[BaseException]) -> None:
         _conclude(done)
 
 
+def _is_alone(named: list[Any]) -> bool:
+    """Whether a runner that has loaded its model is nobody's, so that nothing else completes it."""
+    tracked = [_tracked.get(id(runner)) for runner in named]
+    return not _building and all(one is not None and not one.settled for one in tracked)
+
+
 def _is_of(tracked: Tracked, named: Any) -> bool:
-    if _tracked.get(id(named)) is tracked:
-        return True
     owner = tracked.runner()
-    return owner is not None and getattr(owner, "model", None) is named
+    is_its_model = owner is not None and getattr(owner, "model", None) is named
+    return is_its_model or _tracked.get(id(named)) is tracked
 
 
 def _note_session(tracked: Tracked, begun: Begun, success: bool) -> None:

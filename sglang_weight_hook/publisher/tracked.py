@@ -54,8 +54,7 @@ class Tracked:
         load_order: int,
         others: Callable[[Tracked], list[Tracked]],
     ) -> None:
-        self.runner = diffusion.reference(runner)
-        runner = self.runner()
+        self.runner, runner = diffusion.reference(runner), diffusion.runner_of(runner)
         self.slot = slot
         self.load_order = load_order
         self.others = others

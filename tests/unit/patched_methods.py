@@ -80,6 +80,15 @@ _BUILDING_A_WORKER = ("local_rank", "rank", "master_port", "server_args")
 FORMS: dict[tuple[str, str], list[tuple[str, list[Call]]]] = {
     ("", "update_expert_location_with_recovery"): [RECOVERY],
     ("ModelRunner", "load_model"): [NOTHING],
+    ("ModelRunner", "__init__"): [
+        (
+            "(self, model_config, gpu_id, server_args)",
+            [Call(("m",), {"gpu_id": 0, "server_args": 1})],
+        )
+    ],
+    ("ModelRunner", "alloc_memory_pool"): [
+        ("(self, memory_pool_config=None)", [Call((), {}), Call((None,), {})])
+    ],
     ("ModelRunner", "finalize_startup_weight_load"): [NOTHING],
     ("Scheduler", "__init__"): [
         ("(self, server_args, port_args, gpu_id)", [Call(("s", "p"), {"gpu_id": 0})])

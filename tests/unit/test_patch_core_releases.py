@@ -55,11 +55,13 @@ RELEASES = [
 ]
 
 
-def expected_in(version: str, event: str) -> set[str]:
+def expected_in(version: str, event: str, package: str = "sglang.srt") -> set[str]:
     return {
         entry.name
         for entry in core.ENTRY_POINTS
-        if entry.event == event and core._expected(entry, version)
+        if entry.event == event
+        and entry.module.startswith(package)
+        and core._expected(entry, version)
     }
 
 
@@ -108,6 +110,37 @@ def test_each_release_has_exactly_the_places_that_its_source_has(version: str) -
     experts = expected_in(version, "expert_location_update")
     assert ("ModelRunner.update_expert_location" in experts) == (not since_components)
     assert ("ExpertLocationUpdater.update" in experts) == (version != "0.4.6.post5")
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_each_release_has_the_places_of_its_diffusion_worker(version: str) -> None:
+    key = core.release_key(version)
+
+    def since(first: str, *places: str) -> set[str]:
+        return set(places) if key >= core.release_key(first) else set()
+
+    def places(event: str) -> set[str]:
+        return expected_in(version, event, "sglang.multimodal_gen")
+
+    updater = "GPUWorkerPostTrainingMixin" if since("0.5.14", "it") else "GPUWorker"
+    lora = "GPUWorker.set_lora" if since("0.5.6", "it") else "GPUWorker.set_lora_adapter"
+    assert places("pipeline_ready") == since("0.5.5", "GPUWorker.__init__")
+    assert places("set_lora") == since("0.5.5", lora)
+    for event in ("merge_lora_weights", "unmerge_lora_weights"):
+        assert places(event) == since("0.5.5", f"GPUWorker.{event}")
+    disk, tensor = "update_weights_from_disk", "update_weights_from_tensor"
+    assert places(disk) == since("0.5.9", f"{updater}.{disk}")
+    assert places(tensor) == since("0.5.14", f"{updater}.{tensor}")
+    for event in ("release_memory_occupation", "resume_memory_occupation"):
+        assert places(event) == since("0.5.15", f"GPUWorker.{event}")
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_a_runner_that_nobody_builds_is_whole_with_the_last_step_that_its_release_has(
+    version: str,
+) -> None:
+    step = "alloc_memory_pool" if core.release_key(version) >= (0, 5, 14) else "__init__"
+    assert expected_in(version, "runner_ready") == {f"ModelRunner.{step}"}
 
 
 @pytest.mark.parametrize("version", ["0.6.0", "1.0", "0.5.24.dev7+g123", "unknown", "0.0.0.dev0"])

@@ -98,6 +98,38 @@ def test_an_update_in_a_program_without_a_scheduler_makes_its_runner_ready(maps:
     assert state_of(maps)["state"] == "ready"
 
 
+def test_a_runner_that_no_scheduler_builds_is_ready_with_its_last_step(maps: Path) -> None:
+    runner = FakeRunner()
+    event("runner_ready", "complete", [runner])
+    assert not maps.exists()  # nothing of it was loaded, so there is nothing to say
+    runner.model = a_model()
+    load(runner)
+    assert state_of(maps)["state"] == "loading"
+    event("runner_ready", "complete", [runner], error=MemoryError("no room for a KV cache"))
+    assert state_of(maps)["state"] == "loading"
+    event("runner_ready", "complete", [runner])
+    assert state_of(maps)["state"] == layout_of(maps)["state"] == "ready"
+    assert state_of(maps)["event"]["kind"] == "runner_ready"
+    before = generations(maps)
+    event("runner_ready", "complete", [runner])
+    assert (state_of(maps)["event"]["calls"], generations(maps)) == (1, before)
+
+
+def test_the_last_step_of_a_runner_is_not_the_end_of_a_scheduler_that_is_being_built(
+    maps: Path,
+) -> None:
+    runner = FakeRunner(a_model())
+
+    def build() -> None:
+        load(runner)
+        event("runner_ready", "complete", [runner])
+        assert state_of(maps)["state"] == "loading"
+        assert state_of(maps)["event"]["kind"] == "load_model"
+
+    event("scheduler_ready", "settle", during=build)
+    assert state_of(maps)["state"] == "ready"
+
+
 def test_a_scheduler_that_fails_to_start_leaves_its_runner_loading(maps: Path) -> None:
     runner = FakeRunner(a_model())
     load(runner)
