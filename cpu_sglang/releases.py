@@ -81,10 +81,14 @@ RELEASES: dict[str, Release] = {
 }
 # fmt: on
 
+# The base release with further packages beside it: a name in place of a release's number.
+DIFFUSION = "diffusion"  # what SGLang's extra of this name installs, less what needs a GPU
+ADDITIONS: dict[str, Release] = {DIFFUSION: Release(DIFFUSION, _TODAY)}
+
 
 def find_release(name: str) -> Release:
     try:
-        return RELEASES[name]
+        return (RELEASES | ADDITIONS)[name]
     except KeyError:
         known = ", ".join(RELEASES)
         raise KeyError(f"no CPU recipe for SGLang {name}; there is one for {known}") from None

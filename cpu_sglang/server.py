@@ -58,6 +58,8 @@ class Server:
     second while the server starts, with the seconds so far and the last log line.
     """
 
+    ready_line = READY_LINE
+
     def __init__(
         self,
         environment: Environment,
@@ -185,7 +187,7 @@ class Server:
             elapsed = time.monotonic() - start
             if not self.alive:
                 raise self._failure(f"the server ended after {elapsed:.0f} s without answering")
-            if READY_LINE in self._log_text() and self._is_healthy():
+            if self.ready_line in self._log_text() and self._is_healthy():
                 self.startup_seconds = elapsed
                 return
             if elapsed > self.start_timeout:

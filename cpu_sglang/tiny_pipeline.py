@@ -33,6 +33,7 @@ def write_pipeline(directory: Path, *, seed: int = 0) -> dict[str, int]:
     directory.mkdir(parents=True, exist_ok=True)
     for name, component in components.items():
         component.save_pretrained(directory / name)
+    _name_as_published(directory / "text_encoder" / "model.safetensors")
     for name in ("tokenizer", "tokenizer_2"):
         (directory / name).mkdir(exist_ok=True)
         write_tokenizer(directory / name, vision=False)
@@ -57,6 +58,20 @@ def write_pipeline(directory: Path, *, seed: int = 0) -> dict[str, int]:
         for name, component in components.items()
         if hasattr(component, "parameters")
     }
+
+
+def _name_as_published(file: Path) -> None:
+    """transformers 5 leaves a prefix out that FLUX.1's own files have, and SGLang looks for."""
+    from safetensors.torch import (  # type: ignore[import-not-found, unused-ignore]
+        load_file,
+        save_file,
+    )
+
+    weights = {
+        name if name.startswith("text_model.") else f"text_model.{name}": weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})
 
 
 def _components(seed: int) -> dict[str, Any]:
@@ -120,7 +135,7 @@ def _components(seed: int) -> dict[str, Any]:
 def write_adapter(directory: Path, *, seed: int = 0, rank: int = 4) -> int:
     """Write a LoRA adapter for the transformer; how many of its modules it changes."""
     import torch
-    from safetensors.torch import save_file  # type: ignore[import-not-found, unused-ignore]
+    from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
     weights = {}
