@@ -19,7 +19,8 @@ from .capture import Capture
 MESSAGE_LIMIT = 200
 NAME_LIMIT = 72
 NAMES_LIMIT, NAMES_LENGTH = 5, 42
-SUBSCRIBERS_LIMIT = 3
+SUBSCRIBERS_LIMIT, SUBSCRIBER_LIMIT = 3, 62
+STATE_LIMIT = 2048  # bytes
 
 # --- the layout document ------------------------------------------------------------------
 
@@ -288,9 +289,7 @@ def state(
     subscribers: Optional[Mapping[str, Optional[str]]] = None,
 ) -> dict[str, Any]:
     """``weight_state_{slot}.json``, under 2 KB whatever SGLang's message or names are."""
-    shown = list((subscribers or {}).items())[:SUBSCRIBERS_LIMIT]
-    told = {_tail(name, NAMES_LENGTH): _short(text, NAME_LIMIT) for name, text in shown}
-    return {
+    made = {
         "schema": STATE_SCHEMA,
         "schema_version": SCHEMA_VERSION,
         **standing.fields(),
@@ -306,8 +305,14 @@ def state(
         "problem": _short(problem),
         "control": control,
         "updated_at": now,
-        **({} if subscribers is None else {"subscribers": told}),
     }
+    if subscribers is not None:
+        shown = list(subscribers.items())[:SUBSCRIBERS_LIMIT]
+        told = {_tail(name, NAMES_LENGTH): _short(text, SUBSCRIBER_LIMIT) for name, text in shown}
+        made["subscribers"] = told
+        while made["missing"] and len(json.dumps(made, indent=2)) >= STATE_LIMIT:
+            made["missing"].pop()  # how many there are is said beside them
+    return made
 
 
 def event(

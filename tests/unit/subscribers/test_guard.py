@@ -159,7 +159,7 @@ def test_one_that_cannot_be_loaded_is_named(
 ) -> None:
     subscribe.to(name)
     runner = published()
-    assert problem(maps, name).startswith(said[:55])
+    assert problem(maps, name).startswith(said[:45])
     assert runner.model is not None
 
 
