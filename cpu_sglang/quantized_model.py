@@ -80,6 +80,12 @@ def _fp8_blocks(name: str, weight: Any, generator: Any) -> Packed:
     yield name + ".weight_scale_inv", _scales(blocks, "float32", generator, 0.1)
 
 
+def _int8_blocks(name: str, weight: Any, generator: Any) -> Packed:
+    blocks = tuple(-(-length // BLOCK) for length in weight.shape)
+    yield name + ".weight", _bits(tuple(weight.shape), "int8", generator)
+    yield name + ".weight_scale_inv", _scales(blocks, "float32", generator, 0.001)
+
+
 def _awq(name: str, weight: Any, generator: Any) -> Packed:
     outputs, inputs = weight.shape
     yield name + ".qweight", _bits((inputs, outputs // NIBBLES), "int32", generator)
@@ -184,6 +190,7 @@ SCHEMES: dict[str, Scheme] = {
     "compressed-int4": Scheme(_packed_int4, _INT4),
     "fp8": Scheme(_unpacked, arguments=("--quantization", "fp8")),
     "fp8-blocks": Scheme(_fp8_blocks, _FP8_BLOCKS),
+    "int8-blocks": Scheme(_int8_blocks, {**_FP8_BLOCKS, "quant_method": "blockwise_int8"}),
     "awq": Scheme(_awq, _AWQ, dtype="float16"),
     "gptq": Scheme(_gptq, _GPTQ, dtype="float16"),
     "gguf-f16": Scheme(_unpacked, dtype="float16", gguf="F16"),

@@ -32,7 +32,7 @@ def shared(report: Report, python: Path, a: Path, b: Path, folder: Path) -> None
                 seen.update(compare(server.maps.slot("0"), a, way))
         with report.check("the draft's bytes are what the driver reads in the server") as seen:
             slot = server.maps.slot("0_draft")
-            seen.update(_compare_raw(slot, server.bytes_by_slot()["0_draft"]))
+            seen.update(compare_raw(slot, server.bytes_by_slot()["0_draft"]))
         with report.check("bytes after an update from disk") as seen:
             status, answer = server.update_weights_from_disk(b)
             assert status == 200, answer
@@ -73,7 +73,7 @@ def shared_fp8(report: Report, python: Path, a: Path, b: Path, folder: Path) -> 
     with GpuServer(python, a, folder, ["--quantization", "fp8"], SHARES) as server:
         with report.check("FP8: every tensor is what the driver reads in the server") as seen:
             slot = server.maps.slot("0")
-            seen.update(_compare_raw(slot, server.bytes_by_slot()["0"]))
+            seen.update(compare_raw(slot, server.bytes_by_slot()["0"]))
             types = Counter(tensor.dtype for tensor in slot.read().iter_tensors())
             assert any("float8" in dtype for dtype in types), types
             seen["dtypes"] = dict(types)
@@ -100,7 +100,7 @@ def compare(slot: hook.Slot, model: Path, way: str | None) -> dict[str, object]:
     return {"equal": len(wanted), "ways": dict(ways)}
 
 
-def _compare_raw(slot: hook.Slot, held: dict[str, str]) -> dict[str, object]:
+def compare_raw(slot: hook.Slot, held: dict[str, str]) -> dict[str, object]:
     """Every tensor, against the SHA-256 of the bytes that it spans in the server."""
     compared, padded = 0, 0
     with slot.weights_held():

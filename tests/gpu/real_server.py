@@ -23,6 +23,7 @@ from tests.gpu.checks_bytes import shared, shared_fp8, shared_saver
 from tests.gpu.checks_drafts import eagle, speculative
 from tests.gpu.checks_engines import engine
 from tests.gpu.checks_one_server import plain
+from tests.gpu.checks_quantised import loaded_as
 from tests.gpu.checks_serving import serving
 from tests.gpu.checks_sizes import DEEPSEEK_V3, LLAMA_70B, real_size, tensor_parallel
 from tests.gpu.checks_thread import streams, thread
@@ -30,6 +31,20 @@ from tests.gpu.checks_updates import online, quantised
 from tests.gpu.gpu_server import hooked_venv, make_checkpoint
 from tests.gpu.map_checks import Report
 
+# By the scheme of cpu_sglang/quantized_model.py.
+QUANTISED_CHECKPOINTS = {
+    "fp8_blocks": "fp8-blocks",
+    "int8_blocks": "int8-blocks",
+    "w8a8_int8": "w8a8_int8",
+    "compressed_int8": "compressed-int8",
+    "compressed_fp8": "compressed-fp8",
+    "compressed_int4": "compressed-int4",
+    "awq": "awq",
+    "gptq": "gptq",
+    "gguf": "gguf-q8_0",
+    "bitsandbytes": "bitsandbytes",
+    "mxfp4": "mxfp4",
+}
 CHECKS: dict[str, Callable[..., None]] = {
     "plain": plain,
     "speculative": speculative,
@@ -48,12 +63,14 @@ CHECKS: dict[str, Callable[..., None]] = {
     "shared_fp8": shared_fp8,
     "mooncake": engine("mooncake"),
     "nixl": engine("nixl"),
+    **{name: loaded_as(scheme) for name, scheme in QUANTISED_CHECKPOINTS.items()},
     "tensor_parallel": tensor_parallel,
     "llama": real_size(LLAMA_70B),
     "deepseek": real_size(DEEPSEEK_V3),
 }
-# Not among those that run unless named: another GPU, packages beside SGLang.
-NAMED_ONLY = {"tensor_parallel", "mooncake", "nixl"}
+# Not among those that run unless named: another GPU, packages beside SGLang, and what no GPU has
+# run yet.
+NAMED_ONLY = {"tensor_parallel", "mooncake", "nixl", *QUANTISED_CHECKPOINTS}
 ON_ONE_GPU = tuple(name for name in CHECKS if name not in NAMED_ONLY)
 
 
