@@ -23,10 +23,9 @@ from .transport import Transport, session_of
 NAME = MOONCAKE
 
 _TIMEOUT = 15.0  # seconds, for the first answer of a server
-# What Mooncake is told where the environment does not say otherwise.  It logs failures that are
-# told here as exceptions; and it waits 30 s for a server that is stopped.
+# What Mooncake is told where the environment does not say otherwise.  It logs each step to stderr,
+# and two lines at its start whatever it is told; and it waits 30 s for a server that is stopped.
 _SETTINGS = {
-    "GLOG_minloglevel": "3",
     "MC_LOG_LEVEL": "ERROR",
     "MC_TCP_STATUS_TIMEOUT_SEC": "10",
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "10",
@@ -70,7 +69,7 @@ class _Connection:
         if self._engine.register_memory(buffer.address, buffer.size) != 0:
             raise NotReadable(
                 f"mooncake cannot register {buffer.size} bytes of this process for RDMA; see its "
-                f"messages with GLOG_minloglevel=0, and ulimit -l"
+                f"messages with MC_LOG_LEVEL=INFO, and ulimit -l"
             )
 
     def read(self, reads: Sequence[Read], is_header: bool = False) -> None:
@@ -91,7 +90,7 @@ class _Connection:
             raise NotReadable(
                 f"mooncake could not read from {self._session} (it answers {code}): the server has "
                 f"exited, is stopped or has withdrawn the memory, or a firewall is in between; "
-                f"GLOG_minloglevel=0 shows what mooncake says"
+                f"MC_LOG_LEVEL=INFO shows what mooncake does"
             )
         self._has_answered = True
 
@@ -134,7 +133,7 @@ def _engine(protocol: str) -> Any:
         device = os.environ.get(MOONCAKE_DEVICE, "") if protocol == "rdma" else ""
         if engine.initialize(host, "P2PHANDSHAKE", protocol, device) != 0:
             raise NotReadable(
-                f"mooncake cannot start here for {protocol}; GLOG_minloglevel=0 shows why"
+                f"mooncake cannot start here for {protocol}; MC_LOG_LEVEL=INFO shows why"
             )
     return engine
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .backend import Run
+
+_LARGE = 4 << 20
 
 
 class Part(NamedTuple):
@@ -23,6 +26,9 @@ class Buffer:
 
     def __init__(self, size: int) -> None:
         self._map = mmap.mmap(-1, max(size, 1))
+        if size >= _LARGE:  # the kernel takes as long for small pages as an engine to fill them
+            with contextlib.suppress(AttributeError, OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.size = size
         self.view = memoryview(self._map)[:size]
         self.address = address_of(memoryview(self._map))

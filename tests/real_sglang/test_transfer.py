@@ -125,7 +125,9 @@ def test_what_is_pulled_from_two_ranks_is_what_sglang_says(
             **PORTS,
         }
         arguments = ["--tp", "2"]
-        return HookedServer(environment, python, a, tmp_path, arguments, variables)
+        server = HookedServer(environment, python, a, tmp_path, arguments, variables)
+        server.start_timeout = 900.0  # two ranks that import as much beside whatever else runs here
+        return server
 
     with serve() as server:
         before = assert_pulled(server, reader)

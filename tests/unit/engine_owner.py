@@ -135,7 +135,7 @@ def started(
         "SGLANG_WEIGHT_HOOK_DIR": str(directory),
         "SGLANG_WEIGHT_HOOK_CHECK_SECONDS": "10000",
         "TEST_ENGINE": engine,
-        "GLOG_minloglevel": "3",
+        "MC_LOG_LEVEL": "ERROR",
         **environment,
     }
     code = ENGINE + bytes_owner.OWNER
