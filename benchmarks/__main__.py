@@ -22,8 +22,10 @@ MODULES = (
     "header",
     "bytes",
     "scrubbing",
+    "transfer",
     "residence",
     "fleet",
+    "agent",
     "fleet_commands",
     "serving",
 )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from collections import deque
@@ -35,6 +36,7 @@ TRANSPORT = "weight_transport_{}.json"
 
 _MOST_EVENTS = 10_000
 _MOST_STATE_BYTES = 1024 * 1024
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 class Presentation(NamedTuple):
@@ -328,23 +330,21 @@ def _encoded(content: Any) -> bytes:
 
 
 def _address(text: str) -> int:
-    is_hexadecimal = text[:2].lower() == "0x"
-    with contextlib.suppress(ValueError):
-        value = int(text, 16 if is_hexadecimal else 10) if len(text) <= 20 else -1
-        if text.isascii() and text.isalnum() and 0 <= value < 1 << 64:
-            return value
-    raise Refused(400, "this is no address; give 0x... or a decimal number below 2**64")
+    if re.fullmatch(openapi.ADDRESS, text) is None:
+        raise Refused(400, "this is no address; give 0x... or a decimal number below 10**19")
+    return int(text, 16 if text[:2].lower() == "0x" else 10)
 
 
 def _number(request: Request, name: str) -> Optional[float]:
+    """A number as JSON writes them, from 0 on."""
     text = request.query_params.get(name)
     if text is None:
         return None
-    with contextlib.suppress(ValueError):
+    if len(text) <= 40 and _NUMBER.fullmatch(text):
         value = float(text)
-        if abs(value) < 1e12:  # also refuses nan
+        if 0 <= value < openapi.LATEST:
             return value
-    raise Refused(400, f"{name} is a number")
+    raise Refused(400, f"{name} is a number from 0 on")
 
 
 async def _http_failure(request: Request, error: Exception) -> Response:

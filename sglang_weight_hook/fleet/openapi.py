@@ -7,6 +7,9 @@ from typing import Any
 
 from .. import __version__
 
+ADDRESS = "0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}"
+LATEST = 10**12  # seconds since 1970
+
 _NULL = {"type": "null"}
 _TEXT = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
@@ -190,7 +193,7 @@ def _of_all() -> dict[str, Any]:
                 "name": "address",
                 "in": "path",
                 "required": True,
-                "schema": {"type": "string", "pattern": "^(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19})$"},
+                "schema": {"type": "string", "pattern": f"^({ADDRESS})$"},
                 "description": "Hexadecimal (0x...) or decimal.",
             },
             _SLOT_QUERY,
@@ -243,7 +246,7 @@ def _of_one() -> dict[str, Any]:
         {
             "name": "since",
             "in": "query",
-            "schema": {"type": "number", "minimum": 0, "exclusiveMaximum": 1e12},
+            "schema": {"type": "number", "minimum": 0, "exclusiveMaximum": LATEST},
             "description": "Only events published then or later, in seconds since 1970-01-01 UTC.",
         },
         {

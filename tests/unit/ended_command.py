@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("slots", "show", "regions", "lookup", "diff", "report"),
     *("watch", "history", "verify", "doctor", "plot"),
-    *("top", "save", "compare", "checksum", "scrub"),
+    *("top", "save", "compare", "checksum", "scrub", "serve"),
 )
 
 

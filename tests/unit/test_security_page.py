@@ -52,6 +52,7 @@ def test_every_row_names_a_test_or_claims_nothing() -> None:
     assert {section for section, _ in found} == {
         "Attackers of a server",
         "Attackers of a reader",
+        "Attackers of a node agent",
         "Who may read the weights themselves",
         "Attackers of an installation",
     }
@@ -92,3 +93,19 @@ def test_limits_are_those_of_the_code() -> None:
     c = (ROOT / "examples" / "print_regions.c").read_text(encoding="utf-8")
     assert "#define MAX_DOCUMENT_BYTES (256L * 1024 * 1024)" in c
     assert "#define MAX_DEPTH 64" in c
+
+
+def test_the_agents_limits_are_those_of_the_code() -> None:
+    limits = pytest.importorskip("sglang_weight_hook.fleet.limits")
+    agent = " ".join((ROOT / "docs" / "agent.md").read_text(encoding="utf-8").split())
+    assert f"a request has {limits.REQUEST_SECONDS:g} s" in PAGE
+    assert f"a client that takes nothing {limits.STALLED_SECONDS:g} s" in PAGE
+    most = limits.Limits()
+    for told in (
+        f"within {limits.REQUEST_SECONDS:g} s and in {limits.MAX_HEADER // 1024} KB",
+        f"takes nothing for {limits.STALLED_SECONDS:g} s",
+        f"{most.connections} connections ({most.connections_each} of one address)",
+        f"{most.streams} event streams ({most.streams_each})",
+        f"{limits.MAX_WAITING} may wait",
+    ):
+        assert told in agent, told
