@@ -15,8 +15,8 @@ from tests.real_sglang.hooked import HookedServer, pid_of, wait_for_end
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
-from agent_process import Agent, eventually
-from etcd_process import EtcdServer
+from agent_process import Agent, eventually  # type: ignore[import-not-found]
+from etcd_process import EtcdServer  # type: ignore[import-not-found]
 
 pytestmark = pytest.mark.real_sglang
 
