@@ -595,6 +595,11 @@ READING = (
     *("checksum", "save", "compare"),
 )
 RULES = (
+    Rule(
+        r"sglang-weight-hook .* --via (mooncake|nixl)",
+        hold_ours,
+        "needs a transfer engine: tests/unit/test_transfer_page.py",
+    ),
     Rule(rf"sglang-weight-hook ({'|'.join(READING)})\b", run_and_compare, ""),
     Rule(r"(jq|cat|sha256sum|cp|cc) ", run_and_compare, ""),
     Rule(r"\./print_regions (?!--header)", run_and_compare, ""),
