@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Optional
 
 from .. import __version__
 from ..layout import location, variables
-from . import memory_access, torch_devices
+from . import memory_access, subscribed, torch_devices
 from .sglang_sources import Sources
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -87,7 +87,9 @@ def diagnose(directory: Optional[str] = None) -> Diagnosis:
     facts += _sglang(data, entries)
     facts += _devices(data)
     facts += _environment(data)
+    facts += [Fact("Subscribers", *found) for found in subscribed.installed(data)]
     facts += _directory(directory, data)
+    facts += [Fact("Subscribers", *f) for f in subscribed.published(data["directory"]["path"])]
     facts += [Fact("Memory", *found) for found in memory_access.found_in(data["directory"]["path"])]
     return Diagnosis(facts, entries, data)
 
