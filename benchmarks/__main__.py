@@ -27,6 +27,7 @@ MODULES = (
     "fleet",
     "agent",
     "fleet_commands",
+    "many_machines",
     "serving",
 )
 

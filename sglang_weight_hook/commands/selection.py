@@ -115,7 +115,7 @@ def stale_status_of_all(documents: list[Document], allow_stale: bool = False) ->
     exited: dict[str, list[str]] = {}
     others = []
     for document in documents:
-        if is_alive(document) is False:
+        if _has_exited(document):
             exited.setdefault(document.slot.directory, []).append(document.slot.name)
         else:
             others.append(document)
@@ -131,10 +131,22 @@ def stale_status_of_all(documents: list[Document], allow_stale: bool = False) ->
     return status if allow_stale else ACT
 
 
+def _has_exited(document: Document) -> bool:
+    """Whether the owner is known to have exited."""
+    try:
+        return is_alive(document) is False
+    except HookError:
+        return False
+
+
 def why_stale(document: Document) -> Optional[str]:
     """Why the answers of a document are not good now; None where they are, or it is a copy."""
     name, state = document.slot.name, document.state
-    if is_alive(document) is False:
+    try:
+        alive = is_alive(document)
+    except HookError as error:  # an agent that has gone since: unknown is not good
+        return f"slot {name} is unknown now: {error}"
+    if alive is False:
         return (
             f"slot {name} is stale: its owner (pid {state.get('pid')}) has exited, so its "
             f"addresses are invalid; start the server again"
