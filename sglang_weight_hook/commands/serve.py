@@ -150,7 +150,7 @@ _Ttl = Annotated[
 @command(
     "serve",
     "sglang-weight-hook serve\n"
-    "sglang-weight-hook serve --dir '/maps/*' --host 0.0.0.0 --token-file /run/agent/token",
+    "sglang-weight-hook serve --host 0.0.0.0 --token-file /run/agent/token",
 )
 def serve(
     directories: DirsOption = None,
@@ -274,6 +274,11 @@ def url_of(settings: Settings, made: socket.socket) -> str:
 def _readable(directories: list[Directory]) -> list[Directory]:
     """All of them, if each can be read or is not there yet.  Raises HookError."""
     for directory in directories:
+        if "://" in directory.path:
+            raise HookError(
+                f"{directory.path} is no directory of this machine, and an agent shows no other; "
+                f"run one there"
+            )
         if not os.path.lexists(directory.path):
             complain(f"{directory.path} does not exist yet: its slots are shown once it does")
         elif not os.path.isdir(directory.path):

@@ -24,7 +24,7 @@ from ..layout import files, process
 from ..reader import Document, HookError
 from ..reader.files import MAX_DOCUMENT_BYTES, open_regular
 from . import metrics, openapi
-from .entry import Entry, checked_at, etag_of, etag_of_file, file_id
+from .entry import Entry, checked_at, encoded, etag_of, etag_of_file, file_id
 from .feed import Feed
 from .guard import HEALTH
 from .limits import MAX_WAITING, Limits, Streams
@@ -32,8 +32,9 @@ from .representation import answer, failure, file_answer, is_known
 from .view import Views
 
 SCHEMA, SCHEMA_VERSION = "sglang-weight-agent", 1
-TRANSPORT = "weight_transport_{}.json"
 
+# What drawing raises where a document has not the hook's format.
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 _MOST_EVENTS = 10_000
 _MOST_STATE_BYTES = 1024 * 1024
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
@@ -129,8 +130,8 @@ class Agent:
             ],
             "slots": [_with_check(entry) for entry in self.views.entries()],
         }
-        etag = etag_of(_encoded(content))
-        return answer(request, _encoded({**content, "time": time.time()}), etag)
+        etag = etag_of(encoded(content))
+        return answer(request, encoded({**content, "time": time.time()}), etag)
 
     async def events(self, request: Request) -> Response:
         wanted = request.query_params.get("slot")
@@ -165,7 +166,7 @@ class Agent:
         etag = etag_of(b"\0".join([b"page", *(entry.encoded for entry in entries)]))
         if is_known(request, etag):
             return answer(request, b"", etag)
-        body = await self._heavy(self._page, entries)
+        body = await self._heavy(request, self._page, entries)
         return answer(request, body, etag, "text/html")
 
     def _page(self, entries: list[Entry]) -> bytes:
@@ -177,14 +178,24 @@ class Agent:
             raise Refused(404, "no slot that could be shown is published here; see /slots")
         try:
             return self._show.page(documents).encode()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise HookError(f"a layout does not have the hook's format ({error!r})") from error
+        except _MALFORMED:
+            drawable = [document for document in documents if self._can_draw(document)]
+        if not drawable:
+            raise HookError("no layout has the hook's format; `verify` says where they have not")
+        return self._show.page(drawable).encode()
+
+    def _can_draw(self, document: Document) -> bool:
+        try:
+            self._show.page([document])
+        except _MALFORMED:
+            return False
+        return True
 
     async def lookup(self, request: Request) -> Response:
         place = _address(request.path_params["address"])
         wanted = request.query_params.get("slot")
         entries = self.views.entries() if wanted is None else [self._entry(wanted)]
-        body = await self._heavy(self._lookup, place, entries)
+        body = await self._heavy(request, self._lookup, place, entries)
         return answer(request, body, etag_of(body))
 
     def _lookup(self, place: int, entries: list[Entry]) -> bytes:
@@ -198,12 +209,12 @@ class Agent:
             if hit is not None:
                 found.append({"id": entry.id, "directory": entry.slot.directory, **hit})
         one = {"address": place, "found": bool(found), "slots": found}
-        return _encoded({"addresses": [one], "problems": problems})
+        return encoded({"addresses": [one], "problems": problems})
 
     # -- about one slot
 
     async def slot(self, request: Request) -> Response:
-        body = _encoded(await anyio.to_thread.run_sync(_with_check, self._asked(request)))
+        body = encoded(await anyio.to_thread.run_sync(_with_check, self._asked(request)))
         return answer(request, body, etag_of(body))
 
     async def state(self, request: Request) -> Response:
@@ -225,7 +236,7 @@ class Agent:
                 "it with --token-file",
             )
         return await anyio.to_thread.run_sync(
-            _published, request, entry, TRANSPORT, _MOST_STATE_BYTES
+            _published, request, entry, files.TRANSPORT, _MOST_STATE_BYTES
         )
 
     async def regions(self, request: Request) -> Response:
@@ -233,11 +244,11 @@ class Agent:
         etag = etag_of(b"regions" + entry.encoded)
         if is_known(request, etag):
             return answer(request, b"", etag)
-        body = await self._heavy(self._regions, entry)
+        body = await self._heavy(request, self._regions, entry)
         return answer(request, body, etag)
 
     def _regions(self, entry: Entry) -> bytes:
-        return _encoded({"id": entry.id, **self._show.regions(entry.slot.read(0.5))})
+        return encoded({"id": entry.id, **self._show.regions(entry.slot.read(0.5))})
 
     async def history(self, request: Request) -> Response:
         entry = self._asked(request)
@@ -249,7 +260,7 @@ class Agent:
         if kind is not None and len(kind) > 200:
             raise Refused(400, "kind has at most 200 characters")
         most = int(limit) if limit is not None else 1000
-        body = await self._heavy(_history, entry, since, kind, most)
+        body = await self._heavy(request, _history, entry, since, kind, most)
         return answer(request, body, etag_of(body))
 
     # -- shared
@@ -264,13 +275,15 @@ class Agent:
             raise Refused(404, "there is no such slot; /slots lists all")
         return entry
 
-    async def _heavy(self, work: Callable[..., bytes], *arguments: Any) -> bytes:
+    async def _heavy(self, request: Request, work: Callable[..., bytes], *arguments: Any) -> bytes:
         """Work that takes memory and time: one at a time, and few may wait."""
         if self._waiting >= MAX_WAITING:
             raise Refused(429, "the agent is busy; ask again later", **{"retry-after": "5"})
         self._waiting += 1
         try:
             async with self._whole:
+                if self.feed.is_closed or await request.is_disconnected():
+                    raise Refused(503, "the agent is ending, or nobody waits for this any more")
                 return await anyio.to_thread.run_sync(work, *arguments)
         finally:
             self._waiting -= 1
@@ -318,15 +331,11 @@ def _history(entry: Entry, since: Optional[float], kind: Optional[str], most: in
         if os.path.lexists(entry.slot.path(files.EVENTS)):
             raise
         events = deque()
-    return _encoded({"events": [{**event.raw, "slot": event.slot} for event in events]})
+    return encoded({"events": [{**event.raw, "slot": event.slot} for event in events]})
 
 
 def _with_check(entry: Entry) -> dict[str, Any]:
     return {**entry.content, "checked_at": checked_at(entry)}
-
-
-def _encoded(content: Any) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode()
 
 
 def _address(text: str) -> int:

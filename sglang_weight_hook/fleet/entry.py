@@ -77,7 +77,21 @@ def entry_of(
         "summary": {} if layout is None else summary_of(layout.start),
         "layout": None if layout is None else {"etag": layout.etag, "size": layout.size},
     }
-    return Entry(slot, layout, content, json.dumps(content, separators=(",", ":")).encode())
+    return Entry(slot, layout, content, encoded(content))
+
+
+def encoded(content: Any) -> bytes:
+    """As JSON, in which there is no NaN, whatever Python's reads: null instead.
+
+    >>> encoded({"a": [float("nan"), 1]})
+    b'{"a":[null,1]}'
+    """
+    try:
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+        text = json.dumps(content, separators=(",", ":"))
+    return text.encode()
 
 
 def summary_of(start: Mapping[str, Any]) -> dict[str, Any]:

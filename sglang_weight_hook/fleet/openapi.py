@@ -130,6 +130,28 @@ _SLOT_QUERY = {
     "description": "Only the slot of this id.",
 }
 
+_HISTORY: tuple[Mapping[str, Any], ...] = (
+    _ID,
+    {
+        "name": "since",
+        "in": "query",
+        "schema": {"type": "number", "minimum": 0, "exclusiveMaximum": LATEST},
+        "description": "Only events published then or later, in seconds since 1970-01-01 UTC.",
+    },
+    {
+        "name": "kind",
+        "in": "query",
+        "schema": {"type": "string", "maxLength": 200},
+        "description": "Only events of a kind like this pattern, for example update_*.",
+    },
+    {
+        "name": "limit",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 10000, "default": 1000},
+        "description": "At most so many, the latest.",
+    },
+)
+
 
 def _content(schema: Mapping[str, Any], media_type: str = "application/json") -> dict[str, Any]:
     return {media_type: {"schema": dict(schema)}}
@@ -241,27 +263,6 @@ def _of_all() -> dict[str, Any]:
 
 
 def _of_one() -> dict[str, Any]:
-    history = (
-        _ID,
-        {
-            "name": "since",
-            "in": "query",
-            "schema": {"type": "number", "minimum": 0, "exclusiveMaximum": LATEST},
-            "description": "Only events published then or later, in seconds since 1970-01-01 UTC.",
-        },
-        {
-            "name": "kind",
-            "in": "query",
-            "schema": {"type": "string", "maxLength": 200},
-            "description": "Only events of a kind like this pattern, for example update_*.",
-        },
-        {
-            "name": "limit",
-            "in": "query",
-            "schema": {"type": "integer", "minimum": 1, "maximum": 10000, "default": 1000},
-            "description": "At most so many, the latest.",
-        },
-    )
     document = _content({"type": "object"})
     return {
         "/slots/{id}": _operation(
@@ -295,7 +296,7 @@ def _of_one() -> dict[str, Any]:
             "The logged events, the oldest first.",
             _content(_reference("History")),
             ("404", "429"),
-            history,
+            _HISTORY,
         ),
         "/slots/{id}/transport": _operation(
             "transport",

@@ -75,6 +75,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Optional[list[socket.socket]] = None) -> None:
         self._feed.close()
+        # What is cut off now is no error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:

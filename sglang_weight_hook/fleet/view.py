@@ -122,11 +122,11 @@ class Views:
 
     def entries(self) -> list[Entry]:
         """Every slot, by directory and in the order in which these were found."""
-        return [
-            view.entries[name]
-            for view in self.directories
-            for name in sorted(view.entries, key=slot_order)
-        ]
+        found: list[Entry] = []
+        for view in self.directories:
+            entries = view.entries  # as they are now; the thread replaces them
+            found += [entries[name] for name in sorted(entries, key=slot_order)]
+        return found
 
     def entry(self, id: str) -> Optional[Entry]:
         for view in self.directories:

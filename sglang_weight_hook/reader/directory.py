@@ -89,13 +89,15 @@ class Directory:
         Raises HookError.
         """
         known: dict[str, tuple[Optional[dict[str, Any]], bool]] = {}
+        slots: dict[str, Slot] = {}
         problems: dict[str, str] = {}
         deadline = None if timeout is None else time.monotonic() + timeout
         initial = True
         with DirectoryWatch(self.path) as watch:
             while True:
                 for name in sorted(self._names_if_any() | set(known), key=slot_order):
-                    slot = self.slot(name)
+                    # The same object each time: it remembers what it has found out.
+                    slot = slots.get(name) or slots.setdefault(name, self.slot(name))
                     before, lived = known.get(name, (None, False))
                     try:
                         alive = slot.owner_alive()  # before the look: the last publication counts

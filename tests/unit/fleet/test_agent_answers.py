@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import documents_by_hand
 import pytest
 from agent_process import ROOT, Agent, Publisher, eventually
 
@@ -248,6 +249,29 @@ def test_a_slot_that_cannot_be_read_hides_none_of_the_others_and_one_without_fil
     eventually(lambda: agent.slot("1") is None, 20)
     assert agent.slot("0") is not None
     assert agent.ask("/slots/1").status == 404
+
+
+def test_what_is_no_number_in_json_is_null(serve: Serve, tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    state = documents_by_hand.STATE.replace(
+        "{", '{"checked_at": NaN, "event": {"x": -Infinity}, ', 1
+    )
+    (maps / "weight_state_0.json").write_text(state)
+    (maps / "weight_layout_0.json").write_text(documents_by_hand.LAYOUT)
+    (maps / "weight_events_0.jsonl").write_text('{"updated_at": 1, "kind": "x", "y": NaN}\n')
+    agent = serve("--dir", maps)
+
+    def none(name: str) -> None:
+        raise AssertionError(name)
+
+    for path in ("/slots", "/slots/0", "/slots/0/history"):
+        json.loads(agent.ask(path).body, parse_constant=none)
+    assert agent.slot()["state"]["event"] == {"x": None}
+    assert agent.ask("/metrics").status == 200
+    # Its layout is no map that could be drawn, which is no failure of the agent's.
+    assert agent.ask("/").status in (200, 503)
+    assert "Traceback" not in agent.said()
 
 
 def test_slots_of_one_name_in_two_directories(
