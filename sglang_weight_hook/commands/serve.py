@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Optional
+from urllib.parse import urlsplit
 
 import typer
 
@@ -189,7 +190,7 @@ def serve(
         token=_token(token_file, host, without_token),
         tls=_tls(certificate, key, key_password_file, clients),
         limits=server.Limits(connections=max_connections, streams=max_streams),
-        hosts=names or (),
+        hosts=[*(names or ()), *_host_of(advertise)],
     )
     client = _etcd(etcd, etcd_user, etcd_password_file, etcd_ca, etcd_certificate, etcd_key)
     made = server.listen(host, port)
@@ -201,6 +202,19 @@ def serve(
     _log_to_stderr()
     server.run(settings, made, _presentation(), registration, lambda: _say(settings, made))
     return 0
+
+
+def _host_of(advertise: Optional[str]) -> list[str]:
+    """The name in a URL that readers are given.  Raises Misused."""
+    if advertise is None:
+        return []
+    try:
+        parts = urlsplit(advertise)
+        if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
+            return [parts.hostname]
+    except ValueError:
+        pass
+    raise Misused(f"--advertise {advertise} is no URL of an agent; give https://node:7411")
 
 
 def _server() -> Any:

@@ -130,10 +130,17 @@ def test_a_page_of_somebody_elses_cannot_ask_through_a_name_of_its_own(
     publish: Publish, serve: Serve, token_file: Path
 ) -> None:
     publish()
-    agent = serve("--name", "maps.example")
+    agent = serve("--name", "maps.example", "--advertise", "https://told.example:1")
     for host in ("evil.example", "evil.example:80", "", "127.0.0.1.evil.example"):
         assert agent.ask("/slots", host=host).status in (400, 403), host
-    for host in ("127.0.0.1:1", "localhost", "LOCALHOST:80", "[::1]:80", "maps.example"):
+    for host in (
+        "127.0.0.1:1",
+        "localhost",
+        "LOCALHOST:80",
+        "[::1]:80",
+        "maps.example",
+        "told.example:2",
+    ):
         assert agent.ask("/slots", host=host).status == 200, host
     assert agent.ask("/healthz", host="evil.example").status == 200
     answer = agent.ask("/slots", origin="http://evil.example")
@@ -192,6 +199,8 @@ def test_a_directory_that_cannot_be_read_is_refused(open_folder: Path) -> None:
 def test_wrong_usage_is_said(tmp_path: Path) -> None:
     for arguments in (
         ("--ssl-keyfile", "key"),
+        ("--advertise", "node:7411"),
+        ("--advertise", "http://a:b@node"),
         ("--etcd-user", "agent"),
         ("--etcd", "http://127.0.0.1:9", "--etcd-user", "agent"),
         ("--etcd", "http://127.0.0.1:9", "--etcd-key", "key"),
