@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Optional, Protocol
 
 from ..layout.header import SIZE
-from ..reader import Document, HookError, Tensor
+from ..layout.states import READY
+from ..reader import Document, Header, HookError, Tensor
 from . import transport as transports
 from .backend import Run, Span
 from .errors import Changed, NotReadable, TransferWarning
@@ -38,6 +40,7 @@ class Read(NamedTuple):
 class Connection(Protocol):
     """An engine of this process, connected to one of a server."""
 
+    is_used: bool  # it served somebody before, and may turn out to be closed at the other end
     most_reads: int  # in one batch
     writes_anywhere: bool  # also into memory that was not registered
 
@@ -65,7 +68,7 @@ class EngineMemory:
         """Connect, and read the header once.  Raises NotReadable and Changed.
 
         ``connect`` is told by its last argument whether it may take a connection that served
-        before: such a one may turn out to be closed at the other end.
+        before.
         """
         self._document = document
         self._transport = transports.transport_of(document, self.name)
@@ -76,22 +79,36 @@ class EngineMemory:
         self._is_good = True
         self._buffers: list[Buffer] = []
         self.header = RemoteHeader(document.slot.name, self._header_bytes)
-        self._open(may_be_old=True)
+        ends = sorted((region.ptr, region.end) for region in document.iter_regions())
+        self._starts = [ptr for ptr, _ in ends]
+        self._ends = [end for _, end in ends]
         try:
-            self._header_bytes()
+            self._open_and_look()
         except NotReadable:
-            self.close()
-            self._open(may_be_old=False)
+            self._raise_if_served_anew()
+            raise
+
+    def _open_and_look(self) -> None:
+        self._open(may_be_used=True)
+        try:
             try:
                 self._header_bytes()
-            except BaseException:
+            except NotReadable:
+                if not self._connection.is_used:
+                    raise
                 self.close()
-                raise
+                self._open(may_be_used=False)
+                self._header_bytes()
+        except BaseException:
+            self.close()
+            raise
 
-    def _open(self, may_be_old: bool) -> None:
+    def _open(self, may_be_used: bool) -> None:
         self._is_good = True
         self._pid = os.getpid()
-        self._connection = self._connect(self._transport, self._document, self._address, may_be_old)
+        self._connection = self._connect(
+            self._transport, self._document, self._address, may_be_used
+        )
         self._buffers = []
         try:
             self._staging = self._registered(STAGING_BYTES)
@@ -110,13 +127,26 @@ class EngineMemory:
         return bytes(self._staging.view[:SIZE])
 
     def reaches(self, tensor: Tensor) -> bool:
-        region = self._document.region_at(tensor.ptr)
-        if tensor.size and (region is None or tensor.ptr + tensor.span > region.end):
+        if sum(size for _, size in self._registered_parts(tensor.ptr, tensor.span)) < tensor.span:
             raise NotReadable(
                 f"{tensor.name} lies in no region of the layout, so {self.name} has not registered "
                 f"it"
             )
         return True
+
+    def _registered_parts(self, address: int, size: int) -> Iterator[Run]:
+        """A stretch, cut where one region ends and the next begins: each is registered by itself.
+
+        Ends where there is no region.
+        """
+        end = address + size
+        while address < end:
+            number = bisect_right(self._starts, address) - 1
+            if number < 0 or self._ends[number] <= address:
+                return
+            until = min(end, self._ends[number])
+            yield address, until - address
+            address = until
 
     def view(self, tensor: Tensor) -> None:
         return None
@@ -131,6 +161,7 @@ class EngineMemory:
             return
         if len(runs) > 1 and self._fetch_near(runs, target):
             return
+        runs = [part for run in runs for part in self._registered_parts(*run)]
         here = address_of(target)
         connection, size = self._connection, sum(length for _, length in runs)
         if connection.writes_anywhere or any(b.holds(here, size) for b in self._buffers):
@@ -156,13 +187,14 @@ class EngineMemory:
         reads: list[Read] = []
         filled = 0
         for address, size, offset in spans:
-            for start in range(0, size, DIRECT_BYTES):
-                part = min(DIRECT_BYTES, size - start)
-                if filled + part > DIRECT_BYTES or len(reads) == connection.most_reads:
-                    self._read(reads)
-                    reads, filled = [], 0
-                reads.append(Read(here + offset + start, address + start, part))
-                filled += part
+            for start, length in self._registered_parts(address, size):
+                for first in range(start, start + length, DIRECT_BYTES):
+                    part = min(DIRECT_BYTES, start + length - first)
+                    if filled + part > DIRECT_BYTES or len(reads) == connection.most_reads:
+                        self._read(reads)
+                        reads, filled = [], 0
+                    reads.append(Read(here + offset + first - address, first, part))
+                    filled += part
         if reads:
             self._read(reads)
 
@@ -175,7 +207,9 @@ class EngineMemory:
         for group in groups:
             first = group[0][0]
             size = max(address + length for address, length in group) - first
-            self._read([Read(self._staging.address, first, size)])
+            here = self._staging.address - first
+            parts = self._registered_parts(first, size)
+            self._read([Read(here + at, at, length) for at, length in parts])
             for address, length in group:
                 target[start : start + length] = view[address - first : address - first + length]
                 start += length
@@ -202,11 +236,24 @@ class EngineMemory:
             self._is_good = False
             raise
 
+    def _raise_if_served_anew(self) -> None:
+        """Raise Changed where the server says now that it is reached in another way, or not."""
+        try:
+            now = transports.transport_of(self._document, self.name)
+        except NotReadable:
+            return
+        if now != self._transport:
+            raise Changed(
+                f"the server of slot {self._document.slot.name} has opened {self.name} anew; read "
+                f"the document again"
+            )
+
     def _explain(self) -> None:
-        """Raise Changed where a new connection finds that the slot has changed.
+        """Raise Changed where the slot has changed, as its files or a new connection tell.
 
         One on which something failed is not asked: an engine may refuse everything from then on.
         """
+        self._raise_if_served_anew()
         try:
             connection = self._connect(self._transport, self._document, self._address, False)
         except NotReadable:
@@ -225,20 +272,31 @@ class EngineMemory:
         finally:
             connection.close(False)
         document = self._document
-        if header is not None and (header.instance, header.layout_generation, header.state) != (
+        generations = (
             document.instance,
             document.layout_generation,
-            "ready",
-        ):
+            document.content_generation,
+            document.physical_epoch,
+        )
+        if header is not None and (header.state, *_generations_of(header)) != (READY, *generations):
             raise Changed(
                 f"slot {document.slot.name} is {header.state} now, with layout generation "
-                f"{header.layout_generation}, and the memory could not be read any more; read the "
-                f"document again"
+                f"{header.layout_generation} and content generation {header.content_generation}, "
+                f"and the memory could not be read any more; read the document again"
             )
 
     def close(self) -> None:
         if os.getpid() == self._pid:  # a forked child has none of the engine's threads
             self._connection.close(self._is_good)
+
+
+def _generations_of(header: Header) -> tuple[object, ...]:
+    return (
+        header.instance,
+        header.layout_generation,
+        header.content_generation,
+        header.physical_epoch,
+    )
 
 
 def near(runs: Sequence[Run], most: int, gap: int) -> list[list[Run]]:

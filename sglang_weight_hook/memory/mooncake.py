@@ -56,6 +56,7 @@ class _Connection:
 
     def __init__(self, session: str, protocol: str, key: Any) -> None:
         self.key = key
+        self.is_used = False
         self._session = session
         self.writes_anywhere = protocol == "tcp"
         self._engine = _engine(protocol)
@@ -100,11 +101,12 @@ class _Connection:
                 self._engine.unregister_memory(buffer.address)
         del self._buffers[1:]
         if is_good and len(_idle) < _IDLE:
+            self.is_used = True
             _idle[self.key] = self
 
 
 def _connected(
-    transport: Transport, document: Document, address: Optional[str], may_be_old: bool
+    transport: Transport, document: Document, address: Optional[str], may_be_used: bool
 ) -> _Connection:
     session = session_of(document, transport, address)
     key = (
@@ -112,7 +114,7 @@ def _connected(
         *(document.instance, document.layout_generation, document.physical_epoch),
     )
     known = _idle.pop(key, None)
-    if known is not None and may_be_old:
+    if known is not None and may_be_used:
         return known
     return _Connection(session, transport.protocol, key)
 

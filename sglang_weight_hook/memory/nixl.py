@@ -68,7 +68,7 @@ class _Connection:
     most_reads = 256
     writes_anywhere = False
 
-    def __init__(self, transport: Transport, may_be_old: bool) -> None:
+    def __init__(self, transport: Transport, may_be_used: bool) -> None:
         entry = transport.entry
         self._slot_path = transport.path
         try:
@@ -79,7 +79,9 @@ class _Connection:
             ) from error
         self._remote = str(entry.get("memory") or "DRAM"), int(entry.get("device_id") or 0)
         backend = str(entry.get("backend") or "UCX")
-        self._agent = (_idle_agent(backend) if may_be_old else None) or _new_agent(backend)
+        known = _idle_agent(backend) if may_be_used else None
+        self.is_used = known is not None
+        self._agent = _new_agent(backend) if known is None else known
         self._backend = backend
         self._registered: list[Any] = []
         self._kept: list[Buffer] = []
@@ -153,9 +155,9 @@ class _Connection:
 
 
 def _connected(
-    transport: Transport, document: Document, address: Optional[str], may_be_old: bool
+    transport: Transport, document: Document, address: Optional[str], may_be_used: bool
 ) -> _Connection:
-    return _Connection(transport, may_be_old)
+    return _Connection(transport, may_be_used)
 
 
 def _idle_agent(backend: str) -> Any:
