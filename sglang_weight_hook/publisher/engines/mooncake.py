@@ -12,7 +12,7 @@ from importlib import metadata
 from types import MappingProxyType
 from typing import Any, Optional
 
-from ...layout.engines import BY_NAME
+from ...layout.engines import BY_NAME, for_gpus
 from ...layout.transport_document import MOONCAKE
 from .. import settings
 from .reachability import has_peer_memory, rdma_devices
@@ -114,7 +114,10 @@ def _meaning(status: int) -> str:
 def _knows_cuda() -> Optional[bool]:
     """Whether the installed build reaches memory of a GPU; None: not known."""
     engine = BY_NAME[MOONCAKE]
-    for package, knows in ((engine.package, False), (engine.package_for_gpus, True)):
+    for package, knows in (
+        (engine.package, False),
+        *((one, True) for one in engine.packages_for_gpus),
+    ):
         try:
             metadata.distribution(package)
         except metadata.PackageNotFoundError:
@@ -131,6 +134,6 @@ def _why_not_imported(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return (
             f"mooncake is not installed: pip install {engine.package}, or "
-            f"{engine.package_for_gpus} on a machine with a GPU"
+            f"{for_gpus(engine)} on a machine with a GPU"
         )
     return f"mooncake cannot be imported: {error}"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Optional
 
-from ...layout.engines import BY_NAME
+from ...layout.engines import BY_NAME, for_gpus
 from ...layout.transport_document import NIXL
 from .reachability import has_peer_memory, rdma_devices
 from .registration import DRAM, VRAM, EngineFailed, Registration, Span
@@ -65,7 +65,7 @@ class _Engine:
             except Exception as error:
                 problems.append(f"{module}: {error}")
         raise EngineFailed(
-            f"nixl cannot be imported (pip install {BY_NAME[NIXL].package_for_gpus}): "
+            f"nixl cannot be imported (pip install {for_gpus(BY_NAME[NIXL])}): "
             + "; ".join(problems)
         )
 
@@ -98,17 +98,17 @@ class _Engine:
             self.close()
             self.open()
         nixl = self._bindings
-        segments = {DRAM: nixl.DRAM_SEG, VRAM: nixl.VRAM_SEG}
-        for memory, segment in segments.items():
-            rows = [(one.ptr, one.size, one.device_id, b"") for one in new if one.memory == memory]
-            if not rows:
-                continue
+        for device in sorted({span.device for span in new}):
+            place = Span(0, 0, device)
+            segment = nixl.DRAM_SEG if place.memory == DRAM else nixl.VRAM_SEG
+            number = place.device_id
+            rows = [(ptr, size, number, b"") for ptr, size, where in new if where == device]
             try:
                 self._agent.registerMem(nixl.nixlRegDList(segment, rows), [self._backend])
             except Exception as error:
                 size = sum(row[1] for row in rows)
                 raise EngineFailed(
-                    f"{len(rows)} spans ({size} bytes, {memory}) could not be registered: "
+                    f"{len(rows)} spans ({size} bytes, {device}) could not be registered: "
                     f"{_words(error)}"
                 ) from error
         self._spans.update(new)

@@ -16,6 +16,7 @@ metadata outlives.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Optional, Protocol
 
@@ -95,6 +96,7 @@ class _Slot:
         self.warnings: list[str] = []
         self.device = HOST
         self.reached: Optional[dict[str, Any]] = None  # the engine's fields, as published
+        self.version = -1  # of what the engine had registered when this was brought up to date
 
 
 class Registration:
@@ -105,6 +107,7 @@ class Registration:
         self._slots: dict[str, _Slot] = {}
         self._headers: dict[str, Span] = {}  # by slot; they stay registered when it is gone
         self._registered: frozenset[Span] = frozenset()
+        self._version = 0  # rises with each change of what is registered
 
     # -- the protocol
 
@@ -116,14 +119,16 @@ class Registration:
         if self._engine.deregistering_is_fence:
             self._bring_up_to_date()
         else:
-            self._engine.close()
-            self._registered = frozenset()
+            self._close()
         known.held = []
         self._publish(slot, known)
 
     def after(self, slot: str, document: Mapping[str, Any], diff: Diff) -> None:
         known = self._slots.setdefault(slot, _Slot())
         known.document = document
+        if self._stands(known, document, diff):
+            self._publish(slot, known)
+            return
         before = known.wanted
         known.wanted = frozenset()
         if _is_servable(document):
@@ -155,6 +160,15 @@ class Registration:
 
     # -- what is registered
 
+    def _stands(self, known: _Slot, document: Mapping[str, Any], diff: Diff) -> bool:
+        """Whether what the engine has registered of the slot is right: most events move nothing."""
+        return (
+            diff.registrations_hold
+            and known.state == REGISTERED
+            and known.version == self._version
+            and _is_servable(document)
+        )
+
     def _must_withdraw(self, known: _Slot, event: Event) -> bool:
         """Whether its addresses may be no more before `after` is called."""
         if WEIGHTS in event.releases or not event.effects.isdisjoint(_ANEW):
@@ -173,13 +187,14 @@ class Registration:
             except Exception as error:
                 raise EngineFailed(f"the weights cannot be kept where they are: {error}") from error
         self._bring_up_to_date(repaged)
+        known.version = self._version
         known.held = held  # those of before are let go of now that they are not registered
 
     def _bring_up_to_date(self, repaged: Iterable[Span] = ()) -> None:
         """Register what all slots want.  ``repaged``: anew, though the addresses are the same."""
         spans = [span for known in self._slots.values() for span in known.wanted]
         wanted = _union([*self._headers.values(), *spans])
-        void = {one for one in self._registered if any(_overlap(one, span) for span in repaged)}
+        void = _holding(self._registered, repaged)
         old = sorted((self._registered - wanted) | void)
         new = sorted(wanted - (self._registered - void))
         if not old and not new:
@@ -188,10 +203,15 @@ class Registration:
             self._engine.exchange(old, new)
         except EngineFailed:
             # How far it came is not known: begin anew with the next event.
-            self._engine.close()
-            self._registered = frozenset()
+            self._close()
             raise
         self._registered = wanted
+        self._version += 1
+
+    def _close(self) -> None:
+        self._engine.close()
+        self._registered = frozenset()
+        self._version += 1
 
     # -- what is published
 
@@ -246,15 +266,29 @@ def _union(spans: Iterable[Span]) -> frozenset[Span]:
     [(0, 4), (4, 2), (10, 10)]
     """
     merged: list[Span] = []
+    end = -1
     for span in sorted(spans):
-        last = merged[-1] if merged else None
-        if last is not None and span.ptr < last.ptr + last.size:
-            end = max(last.ptr + last.size, span.ptr + span.size)
-            merged[-1] = last._replace(size=end - last.ptr)
-        else:
+        ptr, size, _ = span
+        if ptr >= end:
             merged.append(span)
+            end = ptr + size
+        elif ptr + size > end:
+            end = ptr + size
+            merged[-1] = merged[-1]._replace(size=end - merged[-1].ptr)
     return frozenset(merged)
 
 
-def _overlap(one: Span, other: Span) -> bool:
-    return one.ptr < other.ptr + other.size and other.ptr < one.ptr + one.size
+def _holding(union: Iterable[Span], spans: Iterable[Span]) -> set[Span]:
+    """Those of a `_union` in which the spans lie.
+
+    >>> sorted(_holding([Span(0, 4), Span(8, 8)], [Span(9, 1), Span(4, 2)]))
+    [Span(ptr=8, size=8, device='cpu')]
+    """
+    ordered = sorted(union)
+    starts = [one.ptr for one in ordered]
+    found = set()
+    for span in spans:
+        index = bisect.bisect_right(starts, span.ptr) - 1
+        if index >= 0 and span.ptr < starts[index] + ordered[index].size:
+            found.add(ordered[index])
+    return found
