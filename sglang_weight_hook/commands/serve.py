@@ -189,7 +189,7 @@ def serve(
         port=port,
         token=_token(token_file, host, without_token),
         tls=_tls(certificate, key, key_password_file, clients),
-        limits=server.Limits(connections=max_connections, streams=max_streams),
+        limits=server.Limits.of(max_connections, max_streams),
         hosts=[*(names or ()), *_host_of(advertise)],
     )
     client = _etcd(etcd, etcd_user, etcd_password_file, etcd_ca, etcd_certificate, etcd_key)

@@ -24,6 +24,17 @@ class Limits(NamedTuple):
     streams: int = 128  # of events
     streams_each: int = 64
 
+    @classmethod
+    def of(cls, connections: int, streams: int) -> Limits:
+        """One address has half of what there is, or what is usual if that is more."""
+        usual = cls()
+        return cls(
+            connections,
+            max(connections // 2, usual.connections_each),
+            streams,
+            max(streams // 2, usual.streams_each),
+        )
+
 
 class Streams:
     """How many event streams there are, and whose."""
