@@ -86,7 +86,7 @@ def _history(options: argparse.Namespace) -> int:
 
 
 def _record(options: argparse.Namespace) -> int:
-    signatures.write(signatures.collected(_summaries(_versions(options))))
+    signatures.record(signatures.collected(_summaries(_versions(options))))
     return NOTHING
 
 

@@ -25,6 +25,10 @@ WENT, EMPTY, SIGNATURE, RELIANCE, UNREADABLE = (
 _CONCERNS = re.compile(r"(?i)weight|lora|adapter|memory_?occupation|expert|model|checkpoint")
 
 
+# Wrapped for the moment at which they end, not for what they write.
+_MOMENTS = ("settle", "complete", "request")
+
+
 class Finding(NamedTuple):
     kind: str
     place: str  # of SGLang: "module Class.method"
@@ -158,7 +162,7 @@ def empty(paths: Paths, due: Sequence[EntryPoint]) -> Iterator[Finding]:
     reaching = paths.reaching(paths.writers)
     for entry in due:
         place = holder(paths, entry)
-        if place is None or entry.effect in ("settle", "request"):
+        if place is None or entry.effect in _MOMENTS:
             continue
         if place not in paths.writers and place not in reaching:
             yield Finding(

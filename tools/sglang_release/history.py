@@ -56,11 +56,10 @@ def steps(summaries: Iterable[Summary]) -> Iterator[Step]:
     for summary in summaries:
         paths = Paths(summary)
         here = {each for each in _table() if place_of(each) in paths.functions}
-        entries = [each for each in known if each in ENTRY_POINTS and each in here]
-        requests = [each for each in known if each in REQUESTS and each in here]
-        reported = list(uncovered(paths, entries, requests))
+        reported = _reported(paths, known, here)
         new = [each for each in reported if each.place not in judged]
-        outside = paths.outside({place_of(each) for each in entries})
+        wrapped = {place_of(each) for each in known if each in ENTRY_POINTS}
+        outside = paths.outside(wrapped)
         rows = [
             _row(each, summary.version, new, place_of(each) in outside)
             for each in _table()
@@ -70,9 +69,16 @@ def steps(summaries: Iterable[Summary]) -> Iterator[Step]:
         others = [each for each in new if each.place not in led]
         went = [title(place_of(each)) for each in known if each in before - here]
         yield Step(summary.version, tuple(rows), tuple(went), tuple(new), tuple(others))
-        judged |= {each.place for each in reported}
         known += [row.entry for row in rows]
+        # With the new rows in the table, what is still reported has been judged.
+        judged |= {each.place for each in _reported(paths, known, here)}
         before = here
+
+
+def _reported(paths: Paths, known: list[EntryPoint], here: set[EntryPoint]) -> list[Finding]:
+    entries = [each for each in known if each in ENTRY_POINTS and each in here]
+    requests = [each for each in known if each in REQUESTS and each in here]
+    return list(uncovered(paths, entries, requests))
 
 
 def _row(entry: EntryPoint, release: str, new: list[Finding], is_outside: bool) -> Row:

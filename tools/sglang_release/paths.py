@@ -126,6 +126,15 @@ class Paths:
                 return Resolved([], True)  # json.load, torch.load
         return self._by_method_name(function, use.name, use.receiver)
 
+    def _can_be(self, place: Place, hint: str) -> bool:
+        """Whether the class of a method, or one that inherits it, is called like the receiver."""
+        names, pending = {place[1]}, [place[1]]
+        while pending:
+            below = {each.name for each in self._subclasses.get(pending.pop(), ())} - names
+            names |= below
+            pending += below
+        return any(_is_alike(name, hint) for name in names)
+
     def _kinds(self, function: Function, use: Use) -> list[str]:
         """The class of the receiver, where it is made in sight."""
         if use.typed_by != "self":
@@ -141,7 +150,7 @@ class Paths:
             return Resolved([], False)
         held = re.sub(r"^_*(get_|current_)?", "", receiver)
         for hint in (held, re.sub(r"^(draft|target|main|tp)_", "", held)):
-            alike = [each for each in candidates if len(hint) > 4 and _is_alike(each[1], hint)]
+            alike = [each for each in candidates if len(hint) > 4 and self._can_be(each, hint)]
             if alike:
                 return Resolved(alike, True)
         # A single word says nothing (load, update), nor does what many classes have.

@@ -36,6 +36,16 @@ class Defined(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
+class Declared(NamedTuple):
+    """An attribute of any class below a package."""
+
+    package: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.package}.*.{self.name}"
+
+
 class Package(NamedTuple):
     """A module or package that exists."""
 
@@ -45,19 +55,33 @@ class Package(NamedTuple):
         return self.name
 
 
+Place = Union[Attribute, Defined, Declared, Package]
+
+# Where the launch arguments and the process-wide ranks are declared since 0.5.20.
+_FIELDS = "sglang.srt.arg_groups.fields"
+
+
 class Reliance(NamedTuple):
     what: str  # what is read there
     where: str  # by which of our files
-    any_of: tuple[Union[Attribute, Defined, Package], ...]
+    any_of: tuple[Place, ...]
     first: str = OLDEST  # the first release that is known to have it
     last: Optional[str] = None  # None: it is expected in the next one
 
 
-def _rank(name: str, *other_names: str) -> Reliance:
-    owners = ("ModelRunner", "ParallelState", "ParallelContext")
+def _rank(name: str, *other_names: str, first: str = OLDEST) -> Reliance:
     names = (name, *other_names)
-    places = tuple(Attribute(owner, each) for owner in owners for each in names)
-    return Reliance(f"{name} of a runner", "publisher/identity.py", places)
+    owners = ("ModelRunner", "ParallelState")
+    places: tuple[Place, ...] = (
+        *(Attribute(owner, each) for owner in owners for each in names),
+        *(Declared(_FIELDS, each) for each in names),
+    )
+    return Reliance(f"{name} of a runner", "publisher/identity.py", places, first)
+
+
+def _argument(name: str, where: str) -> Reliance:
+    places = (Attribute("ServerArgs", name), Declared(_FIELDS, name))
+    return Reliance(f"{name} of the launch", where, places)
 
 
 _IDENTITY, _KV, _VOLATILE = (
@@ -94,12 +118,12 @@ RELIANCES = (
     _rank("tp_size"),
     _rank("pp_rank"),
     _rank("pp_size"),
-    _rank("dp_rank"),
-    _rank("dp_size"),
-    _rank("moe_ep_rank", "ep_rank"),
-    _rank("moe_ep_size", "ep_size"),
+    _rank("dp_rank", first="0.5.12"),
+    _rank("dp_size", first="0.4.8"),
+    _rank("moe_ep_rank", "ep_rank", first="0.4.10"),
+    _rank("moe_ep_size", "ep_size", first="0.4.10"),
     *(
-        Reliance(f"{name} of the launch", _IDENTITY, (Attribute("ServerArgs", name),))
+        _argument(name, _IDENTITY)
         for name in ("tp_size", "pp_size", "dp_size", "ep_size", "node_rank")
     ),
     Reliance(
@@ -127,7 +151,7 @@ RELIANCES = (
         "0.5.18",
         "0.5.20",
     ),
-    Reliance("whether there are metrics", _METRICS, (Attribute("ServerArgs", "enable_metrics"),)),
+    _argument("enable_metrics", _METRICS),
     Reliance("the KV pool", _KV, (Attribute("ModelRunner", "token_to_kv_pool"),)),
     Reliance("keys of an MHA pool", _KV, (Attribute("MHATokenToKVPool", "k_buffer"),)),
     Reliance("values of an MHA pool", _KV, (Attribute("MHATokenToKVPool", "v_buffer"),)),
@@ -147,7 +171,16 @@ RELIANCES = (
         (Attribute("PagedExpertsMoEMethod", "store"),),
         "0.5.23",
     ),
-    Reliance("experts kept on the host", _WALK, (Attribute("ExpertStore", "host"),), "0.5.23"),
+    Reliance(
+        # The file names no weights, so it is not parsed: that it is there has to do.
+        "experts kept on the host",
+        _WALK,
+        (
+            Attribute("HostExpertStore", "host"),
+            Package("sglang.srt.layers.moe.paged_experts.store"),
+        ),
+        "0.5.23",
+    ),
     Reliance(
         "experts of peers (DWDP)",
         _VOLATILE,
@@ -188,7 +221,7 @@ RELIANCES = (
         ),
     ),
     *(
-        Reliance(f"tags of a {name}", _CORE, (Attribute(name, "tags"),))
+        Reliance(f"tags of a {name}", _CORE, (Attribute(name, "tags"),), "0.4.8")
         for name in ("ReleaseMemoryOccupationReqInput", "ResumeMemoryOccupationReqInput")
     ),
     *(
@@ -241,7 +274,7 @@ RELIANCES = (
         _EVENTS,
         (Attribute("UpdateWeightFromDiskReqOutput", "message"),),
     ),
-    Reliance("a diffusion worker's error", _EVENTS, (Attribute("OutputBatch", "error"),), "0.5.5"),
+    Reliance("a diffusion worker's error", _EVENTS, (Attribute("OutputBatch", "error"),), "0.5.7"),
     *(
         Reliance(
             f"{name} of a diffusion worker", _DIFFUSION, (Attribute("GPUWorker", name),), "0.5.5"
@@ -267,7 +300,7 @@ RELIANCES = (
         "the offloaded layers of a diffusion component",
         _DIFFUSION,
         (Attribute("LayerwiseOffloadableModuleMixin", "layerwise_offload_managers"),),
-        "0.5.9",
+        "0.5.13",
     ),
     *(
         Reliance(
@@ -302,7 +335,7 @@ def missing(summary: Summary, paths: Paths) -> Iterator[Finding]:
             )
 
 
-def _is_there(place: Union[Attribute, Defined, Package], summary: Summary, paths: Paths) -> bool:
+def _is_there(place: Place, summary: Summary, paths: Paths) -> bool:
     if isinstance(place, Package):
         return place.name in summary.names
     if isinstance(place, Defined):
@@ -310,5 +343,8 @@ def _is_there(place: Union[Attribute, Defined, Package], summary: Summary, paths
         if module is None:
             return False
         own = {each.name for each in module.functions} | {each.name for each in module.classes}
-        return place.name in own or place.name in module.imports
+        return place.name in own | module.variables or place.name in module.imports
+    if isinstance(place, Declared):
+        below = [each for each in summary.modules.values() if each.name.startswith(place.package)]
+        return any(place.name in kind.attributes for each in below for kind in each.classes)
     return place.name in paths.attributes_of(place.owner)

@@ -43,8 +43,11 @@ def collected(summaries: Iterable[Summary]) -> dict[str, dict[str, str]]:
     return dict(sorted(found.items()))
 
 
-def write(found: Mapping[str, Mapping[str, str]]) -> None:
-    FILE.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+def record(found: Mapping[str, Mapping[str, str]]) -> None:
+    """Add to what is recorded: the releases at hand need not be all that there were."""
+    before = known() if FILE.exists() else {}
+    every = {name: {**before.get(name, {}), **found.get(name, {})} for name in {*before, *found}}
+    FILE.write_text(json.dumps(dict(sorted(every.items())), indent=2) + "\n", "utf-8")
 
 
 def changed(paths: Paths, due: Sequence[EntryPoint], recorded: Signatures) -> Iterator[Finding]:

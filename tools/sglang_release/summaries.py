@@ -41,6 +41,8 @@ ALSO = (
     "sglang/srt/server_args.py",
     "sglang/srt/configs/model_config.py",
     "sglang/srt/distributed/parallel_state_wrapper.py",
+    "sglang/srt/arg_groups/fields/",
+    "sglang/multimodal_gen/runtime/platforms/__init__.py",
 )
 # Called by what is looked at: a call of one of its functions that write counts as a write.
 LIBRARY = (
@@ -151,6 +153,7 @@ class Module(NamedTuple):
     classes: tuple[Class, ...]
     # Name in the module -> module and name that it comes from; also inside functions.
     imports: dict[str, tuple[str, str]]
+    variables: frozenset[str]
 
 
 class Summary(NamedTuple):
@@ -191,7 +194,7 @@ def _summary_of(release: Release) -> Summary:
             name = _module_name(path)
             parts = name.split(".")
             names.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
-            if path in ALSO or (SCOPE.match(path) and _WORTH_PARSING.search(text)):
+            if path.startswith(ALSO) or (SCOPE.match(path) and _WORTH_PARSING.search(text)):
                 try:
                     is_package = path.endswith("/__init__.py")
                     modules[name] = module_of(name, text.decode("utf-8"), is_package)
@@ -224,7 +227,9 @@ def module_of(name: str, text: str, is_package: bool = False) -> Module:
             classes.append(Class(name, node.name, bases, frozenset(stored), made))
         else:
             functions.append(_function(name, "", node, {}))
-    return Module(name, tuple(functions), tuple(classes), _imports(tree, name, is_package))
+    variables = frozenset(_variables(tree.body))
+    imports = _imports(tree, name, is_package)
+    return Module(name, tuple(functions), tuple(classes), imports, variables)
 
 
 def _definitions(body: Iterable[ast.stmt]) -> Iterator[Union[FunctionNode, ast.ClassDef]]:
@@ -247,12 +252,16 @@ def _bases(node: ast.ClassDef) -> Iterator[str]:
             yield _last_name(base)
 
 
-def _class_attributes(node: ast.ClassDef) -> Iterator[str]:
-    for child in node.body:
+def _variables(body: Iterable[ast.stmt]) -> Iterator[str]:
+    for child in body:
         if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
             yield child.target.id
         elif isinstance(child, ast.Assign):
             yield from (target.id for target in child.targets if isinstance(target, ast.Name))
+
+
+def _class_attributes(node: ast.ClassDef) -> Iterator[str]:
+    yield from _variables(node.body)
     yield from (each.name for each in _definitions(node.body) if not isinstance(each, ast.ClassDef))
 
 
@@ -324,11 +333,14 @@ def _function(module: str, owner: str, node: FunctionNode, stored: dict[str, str
 
 
 def _nodes(node: ast.AST) -> list[ast.AST]:
-    """It and all that is inside, parents first: `ast.walk` without what has no use here."""
+    """It and all that is inside, parents first, but for what only names a type."""
     found = [node]
     for each in found:
+        if isinstance(each, ast.Call) and _last_name(each.func) in ("isinstance", "cast"):
+            found += [each.func, *each.args[:1]]
+            continue
         for field in each._fields:
-            value = getattr(each, field, None)
+            value = getattr(each, field, None) if field not in ("annotation", "returns") else None
             if isinstance(value, list):
                 found += [item for item in value if isinstance(item, ast.AST)]
             elif isinstance(value, (ast.expr, ast.stmt, ast.arguments)):

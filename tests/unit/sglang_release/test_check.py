@@ -18,7 +18,7 @@ from tools.sglang_release import findings, history, signatures
 from tools.sglang_release.findings import Finding
 from tools.sglang_release.judged import JUDGED, Judgement
 from tools.sglang_release.paths import Paths
-from tools.sglang_release.reliances import RELIANCES, Attribute, Defined, Package, missing
+from tools.sglang_release.reliances import RELIANCES, Defined, missing
 from tools.sglang_release.sources import NoRelease, open_release, released
 from tools.sglang_release.summaries import summary_of
 
@@ -143,11 +143,7 @@ def test_a_reliance_says_which_of_our_files_reads_it() -> None:
     for reliance in RELIANCES:
         folder = ROOT if "/" not in reliance.where else ROOT / "sglang_weight_hook"
         text = (folder / reliance.where).read_text("utf-8")
-        names = [
-            place.name
-            for place in reliance.any_of
-            if isinstance(place, (Attribute, Defined, Package))
-        ]
+        names = [place.name for place in reliance.any_of]
         parts = [name.rpartition("sglang.srt.")[2] for name in names]
         assert any(part in text for part in parts), reliance
 

@@ -143,6 +143,39 @@ def update(self, named):
     assert uncovered(summary(tmp_path, files), row("update")) == {}
 
 
+def test_a_method_is_known_by_a_subclass_that_the_receiver_is_called_after(
+    tmp_path: Path,
+) -> None:
+    head = """
+class UpdatingMixin:
+    def update_all(self, named):
+        self.updater.update_all(named)
+
+class GPUWorker(UpdatingMixin):
+    pass
+
+class Updater:
+    def update_all(self, named):
+        self.model.load_weights(named)
+"""
+    files = runner("def refit(self, named):\n    self.worker.update_all(named)", head)
+    wrapped = row("update_all", "UpdatingMixin")
+    assert uncovered(summary(tmp_path, files), wrapped) == {}
+
+
+def test_who_only_asks_for_a_type_makes_none_of_it(tmp_path: Path) -> None:
+    head = """
+class Loaded:
+    def __init__(self, named):
+        self.model.load_weights(named)
+
+def look(it: Loaded) -> Loaded:
+    return isinstance(it, Loaded)
+"""
+    files = runner("def load_model(self):\n    self.held = Loaded({})", head)
+    assert uncovered(summary(tmp_path, files), row("load_model")) == {}
+
+
 def test_models_and_layers_are_what_is_called_and_are_not_looked_at(tmp_path: Path) -> None:
     text = "def load_weights(self, weights):\n    self.param.data = weights\n"
     files = {"models/llama.py": text, "layers/linear.py": text, "entrypoints/engine.py": text}
