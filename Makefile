@@ -52,6 +52,7 @@ lint: tools ## ruff, mypy --strict, who imports whom, generated pages up to date
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m tools.api --check
 	$(BIN)/python -m tools.format --check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 pre-commit: tools ## runs the linters at each commit from now on
 	$(BIN)/pre-commit install
