@@ -34,6 +34,7 @@ MACHINES = 64
 PROCESSES = 4  # in which the agents run
 TENSORS, FEW_TENSORS = 1342, 195
 SLOTS, MANY_SLOTS = 8, 64  # of each machine
+IDLE_SECONDS = 15.0  # three rounds in which an agent looks for files that have gone
 TTL = 60  # seconds: the leases of all machines are kept alive by two cores here
 
 
@@ -56,6 +57,7 @@ class Fleet(NamedTuple):
     address: int  # where every machine has a weight
     slots: int
     agents: list[int]  # the processes that they run in
+    idle: float = 0.0  # cores that all agents take while nobody asks
 
     @property
     def directories(self) -> list[str]:
@@ -75,7 +77,7 @@ class Used(NamedTuple):
 
     wall: float
     cpu: float  # its own
-    agents: float  # processor time of all agents meanwhile
+    agents: float  # processor time of all agents for it, what they take anyway left out
 
     @property
     def together(self) -> float:
@@ -88,6 +90,12 @@ def _eight_slots(fleet: Fleet, rounds: int) -> list[Line]:
     lines = [
         _command(fleet, f"report, {what}", ["report", *fleet.directories], rounds, 2.0),
         _command(fleet, f"slots, {what}", ["slots", *fleet.directories], rounds),
+        Line(
+            f"{MACHINES} agents at rest",
+            f"{fleet.idle / MACHINES:.2%} of a core each",
+            f"{fleet.slots // MACHINES} slots each, every lease of {TTL} s",
+            f"{fleet.idle:.2f} cores together",
+        ),
     ]
     if fleet.registry is None:
         return lines
@@ -160,7 +168,8 @@ def _used(fleet: Fleet, words: list[str]) -> Used:
     child.returncode = os.waitstatus_to_exitcode(status)
     allowed = (0, 3) if words[0] == "lookup" else (0,)
     assert child.returncode in allowed, said.decode()[-2000:]
-    return Used(wall, usage.ru_utime + usage.ru_stime, fleet.cpu() - before)
+    agents = max(fleet.cpu() - before - fleet.idle * wall, 0.0)
+    return Used(wall, usage.ru_utime + usage.ru_stime, agents)
 
 
 def _registered(registry: str) -> Line:
@@ -205,7 +214,10 @@ def machines(slots: int, tensors: int, with_registry: bool = False) -> Iterator[
         if registry is not None:
             registry = f"etcd://{registry.partition('://')[2]}"
             _wait_for(lambda: len(reader.open_directory(registry).slots()) == count)
-        yield Fleet(urls, registry, address, count, agents)
+        fleet = Fleet(urls, registry, address, count, agents)
+        before, started = fleet.cpu(), time.perf_counter()
+        time.sleep(IDLE_SECONDS)
+        yield fleet._replace(idle=(fleet.cpu() - before) / (time.perf_counter() - started))
 
 
 @contextlib.contextmanager
@@ -371,7 +383,7 @@ One real publication, written under the names of {MACHINES} machines into a fold
 process behind each slot of a machine and every owner's lock held. Over each folder runs a real
 agent, {MACHINES // PROCESSES} in one process; with etcd here (Debian's etcd-server) every agent
 registers its slots under leases. Measured is the whole command, from its start to its end: its own
-processor time, that of all agents meanwhile (with what they do anyway), and the wall time, which
+processor time, that of all agents for it (without what they take at rest), and the wall time, which
 tells more of what else runs here; the target is held against the first two together."""
 LIMITS = """\
 Agents and readers share these cores, where a fleet has a machine for each agent. `report` and

@@ -28,6 +28,7 @@ from .entry import Entry, checked_at, encoded, etag_of, etag_of_file, file_id
 from .feed import Feed
 from .guard import HEALTH
 from .limits import MAX_WAITING, Limits, Streams
+from .occupied import Occupied
 from .representation import answer, failure, file_answer, is_known
 from .view import Views
 
@@ -73,6 +74,7 @@ class Agent:
         self._show = presentation
         self._has_token = has_token
         self._registration = registration
+        self._occupied = Occupied()
         self._whole = asyncio.Semaphore(1)  # layouts that are read as a whole, one at a time
         self._waiting = 0
         self._hostname, self._boot_id = socket.gethostname(), process.boot_id()
@@ -201,8 +203,13 @@ class Agent:
     def _lookup(self, place: int, entries: list[Entry]) -> bytes:
         found, problems = [], []
         for entry in entries:
+            etag = entry.layout.etag if entry.layout else None
+            if self._occupied.excludes(etag, place):
+                continue
             try:
-                hit = self._show.lookup(entry.slot.read(0.5), place)
+                document = entry.slot.read(0.5)
+                hit = self._show.lookup(document, place)
+                self._occupied.learn(etag, document)
             except HookError as error:
                 problems.append({"id": entry.id, "problem": str(error)})
                 continue

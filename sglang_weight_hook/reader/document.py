@@ -213,6 +213,15 @@ class Document:
         offset = address - tensor.ptr
         return Hit(tensor, offset, *tensor.element_at(offset))
 
+    def occupied(self) -> Iterator[tuple[int, int]]:
+        """From where to where each tensor, region and buffer of the KV cache reaches, in no order.
+
+        Raises HookError.
+        """
+        yield from ((start, end) for start, end, _ in self._spans())
+        yield from ((region.ptr, region.end) for region in self.iter_regions())
+        yield from ((buffer.ptr, buffer.end) for buffer in self.iter_kv_cache())
+
     def region_at(self, address: int) -> Optional[Region]:
         """The region that covers ``address``, if any.  Raises HookError."""
         if self._regions_by_address is None:
