@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..layout import files, variables
-from ..layout.engines import BY_NAME, ENGINES, Engine
+from ..layout.engines import BY_NAME, ENGINES, Engine, for_gpus
 from ..reader import HookError, Slot, open_directory
 from ..reader.files import read_json
 
@@ -48,7 +48,7 @@ def _found(engine: Engine) -> dict[str, Any]:
 
 def _of_engine(engine: Engine, found: dict[str, Any], named: bool) -> Iterator[tuple[str, str]]:
     if not found["modules"]:
-        how = f"pip install {engine.package} (with a GPU: {engine.package_for_gpus})"
+        how = f"pip install {engine.package} (with a GPU: {for_gpus(engine)})"
         if named:
             yield "bad", f"{engine.name} is a subscriber and is not installed here: {how}"
         else:
@@ -128,10 +128,9 @@ def _loads(library: str) -> bool:
 
 
 def _version(engine: Engine) -> str:
-    for words in (engine.package, engine.package_for_gpus):
-        for package in words.split(" or "):
-            try:
-                return f"{package} {importlib.metadata.version(package)}"
-            except importlib.metadata.PackageNotFoundError:
-                continue
+    for package in (engine.package, *engine.packages_for_gpus):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return "a version that no package tells"

@@ -14,9 +14,9 @@ class Engine(NamedTuple):
     name: str
     # Python modules of which the first that can be imported is used.
     modules: tuple[str, ...]
-    # What pip installs: for machines without a GPU, and with one.
+    # What pip installs: for machines without a GPU, and with one (by its CUDA release).
     package: str
-    package_for_gpus: str
+    packages_for_gpus: tuple[str, ...]
     # Shared libraries that the modules load and the packages lack: file name -> Debian package.
     libraries: tuple[tuple[str, str], ...]
 
@@ -26,7 +26,7 @@ ENGINES = (
         MOONCAKE,
         ("mooncake.engine",),
         "mooncake-transfer-engine-non-cuda",
-        "mooncake-transfer-engine",
+        ("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13"),
         (
             ("libibverbs.so.1", "libibverbs1"),
             ("librdmacm.so.1", "librdmacm1"),
@@ -36,6 +36,13 @@ ENGINES = (
         ),
     ),
     # The package without a suffix imports one of the others.
-    Engine(NIXL, ("nixl_cu13", "nixl_cu12"), "nixl-cu12", "nixl-cu12 or nixl-cu13", ()),
+    Engine(NIXL, ("nixl_cu13", "nixl_cu12"), "nixl-cu12", ("nixl-cu12", "nixl-cu13"), ()),
 )
+
+
+def for_gpus(engine: Engine) -> str:
+    """Its packages for machines with a GPU, in words: those of CUDA 12 come first."""
+    return " or ".join(engine.packages_for_gpus)
+
+
 BY_NAME = {engine.name: engine for engine in ENGINES}

@@ -127,8 +127,9 @@ def _engine(protocol: str) -> Any:
         except ImportError as error:
             raise NotReadable(
                 f"mooncake cannot be imported ({error}); pip install "
-                f"mooncake-transfer-engine-non-cuda (on a GPU machine mooncake-transfer-engine), "
-                f"and Debian's libibverbs1, librdmacm1, libnl-3-200, libnl-route-3-200 and libnuma1"
+                f"mooncake-transfer-engine-non-cuda (on a GPU machine mooncake-transfer-engine or "
+                f"mooncake-transfer-engine-cuda13), and Debian's libibverbs1, librdmacm1, "
+                f"libnl-3-200, libnl-route-3-200 and libnuma1"
             ) from error
         engine = TransferEngine()
         host = os.environ.get(TRANSFER_HOST) or DEFAULT_TRANSFER_HOST

@@ -114,10 +114,8 @@ def _meaning(status: int) -> str:
 def _knows_cuda() -> Optional[bool]:
     """Whether the installed build reaches memory of a GPU; None: not known."""
     engine = BY_NAME[MOONCAKE]
-    for package, knows in (
-        (engine.package, False),
-        *((one, True) for one in engine.packages_for_gpus),
-    ):
+    known = {engine.package: False, **dict.fromkeys(engine.packages_for_gpus, True)}
+    for package, knows in known.items():
         try:
             metadata.distribution(package)
         except metadata.PackageNotFoundError:
