@@ -81,10 +81,10 @@ def _moved(report: Report, server: GpuServer, name: str) -> None:
             for line in path.read_text().splitlines()
         ]
         assert [move for move in moves if "cos_sin_cache" in move["name"]], moves
-        # The log has the beginning of a long name.
+        # The log has the end of a long name.
         names = [one for event in events for one in event["tensors"]]
-        begun = [one.rstrip(".") for one in names]
-        assert any(move["name"].startswith(one) for move in moves for one in begun), names
+        ends = [one.removeprefix("...") for one in names]
+        assert any(move["name"].endswith(one) for move in moves for one in ends), names
         seen.update(
             names=names,
             moved=[event["moved"] for event in events],
