@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpu_sglang.architectures import ARCHITECTURES
 from cpu_sglang.tiny_model import TinyModel, write_checkpoint
 
 GROUP = 64  # inputs that share a scale
@@ -321,13 +320,16 @@ def main() -> None:
         prog="python -m cpu_sglang.quantized_model",
         description="Write a tiny random quantised checkpoint with a byte-level tokenizer.",
     )
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("directory", type=Path, help="of several seeds, DIRECTORY-SEED each")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
     options = parser.parse_args()
-    write_quantized(options.directory, options.scheme, seed=options.seed)
-    assert SCHEMES[options.scheme].architecture in ARCHITECTURES
-    print(model_path(options.directory, options.scheme))
+    for seed in options.seed:
+        directory = options.directory
+        if len(options.seed) > 1:
+            directory = directory.with_name(f"{directory.name}-{seed}")
+        write_quantized(directory, options.scheme, seed=seed)
+        print(model_path(directory, options.scheme))
 
 
 if __name__ == "__main__":

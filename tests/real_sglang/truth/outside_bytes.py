@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import json
 import os
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ ITEM_SIZE = {
     **dict.fromkeys(("float32", "int32"), 4),
     **dict.fromkeys(("float64", "int64"), 8),
 }
+_INTEGERS: dict[str, Literal["B", "b", "i"]] = {"uint8": "B", "int8": "b", "int32": "i"}
 _UNSIGNED: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -109,6 +111,10 @@ def as_floats(values: bytes, dtype: str) -> list[float]:
     if dtype == "bfloat16":
         widened = array.array("I", (bits << 16 for bits in array.array("H", values)))
         return list(array.array("f", widened.tobytes()))
+    if dtype == "float16":
+        return list(struct.unpack(f"{len(values) // 2}e", values))
+    if dtype in _INTEGERS:
+        return list(array.array("f", array.array(_INTEGERS[dtype], values)))
     assert dtype == "float32", dtype
     return list(array.array("f", values))
 
@@ -156,8 +162,10 @@ class PublishedMap:
         return [now[field] for field in fields] == [self.state[field] for field in fields]
 
 
-def settled_maps(directory: Path, slots: int, timeout: float = 60.0) -> list[PublishedMap]:
-    """All maps, once every slot is `ready` and its documents belong together."""
+def settled_maps(
+    directory: Path, slots: int, timeout: float = 60.0, state: str = "ready"
+) -> list[PublishedMap]:
+    """All maps, once every slot is in that state and its documents belong together."""
     deadline = time.monotonic() + timeout
     while True:
         names = sorted(
@@ -165,23 +173,23 @@ def settled_maps(directory: Path, slots: int, timeout: float = 60.0) -> list[Pub
             for path in directory.glob("weight_state_*.json")
         )
         try:
-            maps = [_settled_map(directory, name) for name in names]
+            maps = [_settled_map(directory, name, state) for name in names]
         except (FileNotFoundError, ValueError):
             maps = []
         found = [one for one in maps if one is not None]
         if len(found) == len(names) == slots:
             return found
         states = {name: _what_it_says(directory, name) for name in names}
-        assert time.monotonic() < deadline, f"{slots} slots were to be ready; there are {states}"
+        assert time.monotonic() < deadline, f"{slots} slots were to be {state}; there are {states}"
         time.sleep(0.05)
 
 
-def _settled_map(directory: Path, slot: str) -> PublishedMap | None:
+def _settled_map(directory: Path, slot: str, wanted: str) -> PublishedMap | None:
     state = _document(directory, "weight_state", slot)
     layout = _document(directory, "weight_layout", slot)
     again = _document(directory, "weight_state", slot)
     owner = [layout["identity"][field] for field in ("pid", "process_start_ticks", "boot_id")]
-    if state != again or state["state"] != "ready" or state["problem"] is not None:
+    if state != again or state["state"] != wanted or state["problem"] is not None:
         return None
     if owner != [state[field] for field in ("pid", "process_start_ticks", "boot_id")]:
         return None

@@ -46,7 +46,8 @@ equal bytes alone could be a copy left behind.
 A second and a third checkpoint are loaded and the first one again; after each, every parameter
 must have other values than before, and at the end every tensor the first ones.  Last of all each
 row is shown untrue maps (two tensors of one shape swapped, one left out, one an element further)
-and has to find fault with each.
+and has to find fault with each.  Rows of quantised checkpoints take no buckets, and where a forward
+needs a kernel that a CPU has not, no requests (the notes say what SGLang says to one).
 
 **Notes**
 
@@ -120,6 +121,12 @@ class Report:
             if row.refuses_buckets:
                 what = f"update from tensors is impossible; SGLang says: `{row.refuses_buckets}`"
                 lines.append(f"* {row.name}: {what}. The row fails once SGLang takes them.")
+            if row.refuses_disk:
+                what = f"another checkpoint is refused; SGLang says: `{row.refuses_disk}`"
+                lines.append(f"* {row.name}: {what}. The row fails once SGLang takes one.")
+            if row.silent:
+                what = f"no request is made before the end; to that one SGLang says: `{row.silent}`"
+                lines.append(f"* {row.name}: {what}.")
         return "\n".join(lines)
 
     def _confirmed_by_the_probe_alone(self) -> str:

@@ -29,9 +29,18 @@ class Row:
     # What SGLang says to buckets where it takes none.  The row fails once it takes them.
     refuses_buckets: str = ""
     image: bool = False  # requests with one too
+    # A checkpoint of cpu_sglang.quantized_model's in the place of the architecture's.
+    scheme: str = ""
+    # Why no request is made: what SGLang says where a forward needs a kernel that a CPU has not.
+    silent: str = ""
+    # What SGLang says to another checkpoint from disk where it cannot load one into what it has
+    # made of the first.  The row fails once it can.
+    refuses_disk: str = ""
     note: str = ""
     short: bool = False  # also in `make test`
 
+
+GGUF_TWICE = "Failed to get model loader: <sglang.srt.model_loader.loader.GGUFModelLoader object"
 
 # fmt: off
 ROWS = [
@@ -60,5 +69,13 @@ ROWS = [
         note="SGLang's routes answer for the first stage only"),
     Row("llama-embedded", "llama", layout="one rank, embedded sglang.Engine", embedded=True,
         covered={CHECKER: 15, BY_NAME: 15}),
+    Row("llama-gguf-f16", "llama", layout="one rank, GGUF of float16", scheme="gguf-f16",
+        covered={CHECKER: 25, BY_NAME: 25}, refuses_disk=GGUF_TWICE),
+    Row("llama-gguf-q8_0", "llama", layout="one rank, GGUF of Q8_0", scheme="gguf-q8_0",
+        silent="name 'ggml_dequantize' is not defined", refuses_disk=GGUF_TWICE),
+    Row("llama-awq", "llama", layout="one rank, AWQ int4", scheme="awq",
+        silent="Could not run 'sglang::awq_dequantize' with arguments from the 'CPU' backend"),
+    Row("llama-int8", "llama", layout="one rank, int8 in blocks", scheme="int8-blocks",
+        silent="_per_token_group_quant_int8 is a triton kernel: it needs a GPU"),
 ]
 # fmt: on

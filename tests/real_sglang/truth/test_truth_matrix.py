@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from cpu_sglang.environment import Environment
+from cpu_sglang.quantized_model import SCHEMES
+from cpu_sglang.server import ServerFailed
 from tests.real_sglang.hooked import ROOT
 from tests.real_sglang.truth.comparison import PROBE, Moment, compare
 from tests.real_sglang.truth.outside_bytes import PublishedMap, settled_maps
@@ -64,6 +66,16 @@ def make_adapter(environment: Environment, model: Path, path: Path) -> Path:
     return path
 
 
+def quantized(environment: Environment, path: Path, scheme: str) -> list[Path]:
+    """Three checkpoints, one process for all: it takes as long to import torch as to write them."""
+    command = [str(environment.python), "-m", "cpu_sglang.quantized_model", str(path)]
+    command += ["--scheme", scheme, "--seed", "1", "2", "3"]
+    said = subprocess.run(
+        command, cwd=ROOT, env=environment.env(), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return [Path(line) for line in said.splitlines()]
+
+
 class Life:
     """One row's server and what was seen of it, moment after moment."""
 
@@ -73,9 +85,9 @@ class Life:
         self.moments: dict[str, Moment] = {}
         self.maps: list[PublishedMap] = []
 
-    def look(self, when: str) -> Moment:
+    def look(self, when: str, state: str = "ready") -> Moment:
         """Compare all there is; nothing may be untrue, and nothing may go unproved."""
-        self.maps = settled_maps(self.running.map_directory, self.row.slots)
+        self.maps = settled_maps(self.running.map_directory, self.row.slots, state=state)
         moment = compare(self.maps, self.running, self.running.probe)
         self.moments[when] = moment
         assert not moment.untrue, f"{when}: " + "\n".join(moment.untrue[:20])
@@ -101,7 +113,14 @@ def start(
 ) -> AbstractContextManager[Any]:
     if row.embedded:
         return EmbeddedEngine(environment, python, model, folder, ENGINE_SETTINGS)
-    arguments = list(row.arguments)
+    arguments, variables = list(row.arguments), dict(row.variables)
+    if row.scheme:
+        arguments += SCHEMES[row.scheme].arguments
+        if model.is_file():  # GGUF; the tokenizer lies beside it
+            arguments += ["--tokenizer-path", str(model.parent)]
+    if row.silent:
+        arguments += ["--skip-server-warmup"]
+        variables["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     if row.adapter:
         adapter = make_adapter(environment, model, folder / "adapter")
         arguments += ["--lora-paths", f"{ADAPTER}={adapter}", "--max-loras-per-batch", "2"]
@@ -112,7 +131,7 @@ def start(
         model,
         folder,
         arguments,
-        row.variables,
+        variables,
         tp=row.tp,
         replicas=row.replicas,
     )
@@ -133,11 +152,14 @@ def test_what_lies_at_the_published_addresses_is_what_sglang_says(
     report: Report,
     tmp_path: Path,
 ) -> None:
-    a, b, c = (checkpoint(seed, "--architecture", row.architecture) for seed in (1, 2, 3))
+    if row.scheme:
+        a, b, c = quantized(environment, tmp_path / row.scheme, row.scheme)
+    else:
+        a, b, c = (checkpoint(seed, "--architecture", row.architecture) for seed in (1, 2, 3))
     with start(row, environment, probed_python, a, tmp_path) as running:
         life = Life(row, running)
         try:
-            live_through(life, a, b, c)
+            (live_quantized if row.scheme else live_through)(life, a, b, c)
         except BaseException as error:
             report.add(row, life.moments, life.maps, str(error))
             raise
@@ -168,6 +190,39 @@ def live_through(life: Life, a: Path, b: Path, c: Path) -> None:
         assert found.untrue, f"{lie}: nothing was noticed"
     # What the row excuses is still so; otherwise the excuse has to go.
     assert set().union(*(seen.unlisted for seen in life.moments.values())) == set(life.row.unlisted)
+
+
+def live_quantized(life: Life, a: Path, b: Path, c: Path) -> None:
+    """Buckets aside, which are of checkpoints with other tensors than the model then has."""
+    running, row = life.running, life.row
+    loaded = life.look("load")
+    assert loaded.by_sglang > 0
+    says_a = None if row.silent else life.ask()
+    if not row.silent:
+        assert life.look("requests").parameters() == loaded.parameters()
+    for lie, maps in untrue_maps(life.maps):
+        found = compare(maps, running, running.probe)
+        assert found.untrue, f"{lie}: nothing was noticed"
+    if row.refuses_disk:
+        status, answer = running.update_weights_from_disk(b)
+        assert (status, answer["success"]) == (400, False), answer
+        assert row.refuses_disk in answer["message"], answer
+        refused = life.look("refused update from disk", state="failed")
+        assert refused.parameters() == loaded.parameters()
+    else:
+        assert running.update_from_disk(b)["success"]
+        from_disk = life.look("update from disk")
+        assert unchanged(loaded, from_disk) == []
+        assert row.silent or life.ask() != says_a
+        assert running.update_from_disk(c)["success"]
+        assert unchanged(from_disk, life.look("a second one")) == []
+        assert running.update_from_disk(a)["success"]
+        assert differing(loaded, life.look("the first checkpoint again")) == []
+        assert row.silent or life.ask() == says_a
+    if row.silent:
+        with pytest.raises((OSError, ServerFailed)):  # it ends SGLang's scheduler
+            running.generate()
+        assert row.silent in running.log_tail(10_000)
 
 
 def two_sessions(life: Life, a: Path, c: Path) -> Moment:
