@@ -44,6 +44,8 @@ TARGETS = frozenset(
         "sglang.srt.model_executor.model_runner",
         "sglang.srt.model_executor.model_runner_components.weight_updater",
         "sglang.srt.utils.weight_checker",
+        "sglang.srt.weight_cache.daemon",
+        "sglang.srt.weight_cache.transport",
     )
 )
 

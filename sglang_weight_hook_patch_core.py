@@ -49,6 +49,9 @@ WEIGHT_CHECKER = ("sglang.srt.utils.weight_checker", "WeightChecker")
 ENCODER_OLD = ("sglang.srt.disaggregation.encode_server", "MMEncoder")
 ENCODER = ("sglang.srt.disaggregation.encoder.server", "MMEncoder")
 
+WEIGHT_CACHE = ("sglang.srt.weight_cache.daemon", "WeightCacheDaemon")
+WEIGHT_CACHE_EXPORT = ("sglang.srt.weight_cache.transport", "")
+
 # Diffusion models: one worker for each rank, with a pipeline of several modules.
 WORKER = ("sglang.multimodal_gen.runtime.managers.gpu_worker", "GPUWorker")
 WORKER_MIXIN = (
@@ -107,6 +110,10 @@ ENTRY_POINTS = (
     # Encoder-only servers have no ModelRunner: the encoder loads its model as it is built.
     EntryPoint("encoder_ready", "build", ENCODER_OLD, "__init__", "self", "0.5.8.post1", "0.5.18"),
     EntryPoint("encoder_ready", "build", ENCODER, "__init__", "self", "0.5.20"),
+    # The weight cache's process loads a model and hands out its memory; it has no ModelRunner.  Run
+    # with ``python -m`` its class is in __main__, which nobody can patch: there the export tells.
+    EntryPoint("weight_cache_ready", "build", WEIGHT_CACHE, "load", "self", "0.5.17"),
+    EntryPoint("weight_cache_ready", "build", WEIGHT_CACHE_EXPORT, "choose_daemon_transport_backend", "caller", "0.5.19"),
     EntryPoint("scheduler_ready", "settle", SCHEDULER, "__init__", "process"),
     # Programs that make a runner themselves (bench_one_batch): nothing else says that it is whole.
     EntryPoint("runner_ready", "complete", RUNNER, "__init__", "self", OLDEST, "0.5.13.post1"),
@@ -243,6 +250,17 @@ def _runner_by_argument(args: Arguments, kwargs: Keywords) -> list[Any]:
     return [kwargs["model"]] if "model" in kwargs else []
 
 
+def _caller_with_a_model(args: Arguments, kwargs: Keywords) -> list[Any]:
+    """Whose method has called a function that is not told of its owner."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        owner = frame.f_locals.get("self")
+        if getattr(owner, "model", None) is not None:
+            return [owner]
+    raise LookupError("no caller has a model")
+
+
 def _every_runner(args: Arguments, kwargs: Keywords) -> list[Any]:
     return []  # none named: the recorder takes all that it knows in this process
 
@@ -252,6 +270,7 @@ _RUNNERS_OF: dict[str, Callable[[Arguments, Keywords], list[Any]]] = {
     "updater": _runner_of_updater,
     "model": _runner_by_model,
     "model_argument": _runner_by_argument,
+    "caller": _caller_with_a_model,
     "process": _every_runner,
 }
 

@@ -152,7 +152,7 @@ def _draft_slot(base: str, index: int) -> str:
 
 def identity(runner: Any) -> dict[str, Any]:
     """The ``identity`` object of the layout document."""
-    config = getattr(runner, "model_config", None)
+    config = getattr(runner, "model_config", runner)  # the weight cache's daemon has none
     # Of a runner that names no device no ordinal is guessed.
     uuid, bus_id = devices.of(str(getattr(runner, "device", ""))).identity(gpu_id(runner))
     return {

@@ -40,6 +40,8 @@ class ModelRunner:
     def finalize_startup_weight_load(self) -> None:
         pass
 
+    def alloc_memory_pool(self):
+        pass
     def load_lora_adapter(self, lora_ref):
         pass
     def load_lora_adapter_from_tensors(self, lora_ref, tensors, config_dict):

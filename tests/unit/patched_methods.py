@@ -79,6 +79,8 @@ LORA_PATH = ("(self, lora_nickname, lora_path=None)", [Call(("n", "p"), {})])
 _BUILDING_A_WORKER = ("local_rank", "rank", "master_port", "server_args")
 FORMS: dict[tuple[str, str], list[tuple[str, list[Call]]]] = {
     ("", "update_expert_location_with_recovery"): [RECOVERY],
+    ("", "choose_daemon_transport_backend"): [("(state_tensors)", [Call(({},), {})])],
+    ("WeightCacheDaemon", "load"): [NOTHING],
     ("ModelRunner", "load_model"): [NOTHING],
     ("ModelRunner", "__init__"): [
         (

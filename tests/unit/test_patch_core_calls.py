@@ -63,7 +63,7 @@ def test_a_wrapped_method_gets_the_same_arguments_and_returns_the_same_object(
         "partial" if is_filtered else entry.effect,
     )
     assert finished == (f"the event of {entry.event}", answer, None)
-    expected = {"self": [owner], "process": []}
+    expected = {"self": [owner], "process": [], "caller": []}
     assert begun.runners == expected.get(entry.whose, ["the runner"])
 
 
@@ -150,6 +150,24 @@ def test_an_updater_that_cannot_name_its_runner_is_an_event_of_all_runners(
     assert module.WeightUpdater().update_weights_from_disk() == 7
     assert recorded[0].runners == []
     assert "update_weights_from_disk" in caplog.text
+
+
+def test_a_function_that_is_not_told_its_owner_finds_it_among_its_callers(
+    recorded: list[Any],
+) -> None:
+    entry = next(entry for entry in core.ENTRY_POINTS if entry.whose == "caller")
+    module = fake_module(entry, **{entry.method: lambda state_tensors: "a backend"})
+    core.patch_module(module)
+
+    class Daemon:
+        model = "loaded"
+
+        def export(self) -> Any:
+            return getattr(module, entry.method)({})
+
+    daemon = Daemon()
+    assert daemon.export() == "a backend"
+    assert recorded[0].runners == [daemon]
 
 
 @pytest.mark.parametrize("by_name", [False, True])
