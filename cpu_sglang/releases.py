@@ -83,7 +83,8 @@ RELEASES: dict[str, Release] = {
 
 # The base release with further packages beside it: a name in place of a release's number.
 DIFFUSION = "diffusion"  # what SGLang's extra of this name installs, less what needs a GPU
-ADDITIONS: dict[str, Release] = {DIFFUSION: Release(DIFFUSION, _TODAY)}
+RAY = "ray"
+ADDITIONS: dict[str, Release] = {name: Release(name, _TODAY) for name in (DIFFUSION, RAY)}
 
 
 def find_release(name: str) -> Release:
