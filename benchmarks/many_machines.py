@@ -209,8 +209,8 @@ def machines(slots: int, tensors: int, with_registry: bool = False) -> Iterator[
             registry = stack.enter_context(_etcd(folder / "etcd"))
         urls, agents = stack.enter_context(_agents(places, registry))
         directories = [reader.open_directory(url) for url in urls]
-        count = sum(len(directory.slots()) for directory in directories)
-        assert count == slots * MACHINES
+        count = slots * MACHINES
+        _wait_for(lambda: sum(len(directory.slots()) for directory in directories) == count)
         if registry is not None:
             registry = f"etcd://{registry.partition('://')[2]}"
             _wait_for(lambda: len(reader.open_directory(registry).slots()) == count)
@@ -316,7 +316,7 @@ def _agents(places: list[Path], registry: Optional[str]) -> Iterator[tuple[list[
             child.communicate()
 
 
-def _wait_for(holds: Any, seconds: float = 120.0) -> None:
+def _wait_for(holds: Any, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(reader.HookError):

@@ -160,6 +160,12 @@ class RemoteAgent:
         check_schema(layout, SCHEMA, self._of_slot(id, "the layout"))
         return layout
 
+    def transport(self, id: str) -> Optional[dict[str, Any]]:
+        """What transfer engines have registered, unchecked; None where none runs."""
+        path = self._of(id, "/transport")
+        found = self._json(path, REQUEST_TIMEOUT, _ENTRY_BYTES, may_miss=True)
+        return None if found is None else dict(found)
+
     def history(self, id: str, since: Optional[float], kind: Optional[str]) -> list[Any]:
         """The events of a slot's log, unchecked."""
         asked = {"since": since, "kind": kind, "limit": _MOST_EVENTS}

@@ -162,6 +162,18 @@ class RemoteSlot(Slot):
         """The events of the slot's log, the oldest first; those that the agent hands out."""
         return RemoteHistory(self, since, kind)
 
+    def transport(self) -> Optional[dict[str, Any]]:
+        """What the server's transfer engines have registered; from an agent with a token."""
+        self.raise_failure()
+        found = self.agent.transport(self.id)
+        entry = self.agent.entry(self.id)
+        if found is None or entry is None:
+            return None
+        # It names the slot as its directory does, which is not what it is called here.
+        if found.get("slot") != entry.get("slot"):
+            raise self.agent.garbled(f"the transport document is not that of slot {self.id}")
+        return {**found, "slot": self.name}
+
     # -- the owner
 
     def owner_alive(self) -> bool:
@@ -244,14 +256,14 @@ class RemoteSlot(Slot):
 
     # -- what takes being there
 
-    def require_local(self, what: str) -> None:
-        """Raises HookError: it cannot."""
+    def _refuse(self, what: str) -> None:
         raise self._elsewhere(what)
 
     def _elsewhere(self, what: str) -> HookError:
         return HookError(
             f"{what} of slot {self.name} can only be had on its own host, and this is "
-            f"{self.directory} over the network; run this there, with --dir DIRECTORY"
+            f"{self.directory} over the network; run this there, with --dir DIRECTORY, or read the "
+            f"weights through a transfer engine of the server (--via)"
         )
 
     def header(self) -> Header:
@@ -267,7 +279,7 @@ class RemoteSlot(Slot):
     def weights_held(
         self, timeout: float = 10.0, check: bool = False, allow: Collection[str] = ()
     ) -> Iterator[None]:
-        self.require_local("the lock")
+        self._refuse("the lock")
         yield
 
     # -- the agent's answers

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Optional, Protocol, Union
 
+from ..layout.location import is_url
 from ..reader import Document, HookError, Slot, open_directory, open_file
 from ..reader.slot_names import slot_named
 from .memory import PIECE, Memory
@@ -130,6 +131,8 @@ def slots_of(word: str, directory: Optional[str]) -> Optional[Mapping[str, Union
     if word.endswith(".json"):
         document = open_file(word)
         return {document.slot.name: document}
+    if is_url(word):
+        return {slot.name: slot for slot in open_directory(word).slots()}
     if os.path.isdir(word):
         names = glob.glob(os.path.join(glob.escape(word), "weight_state_*.json"))
         return {slot.name: slot for slot in open_directory(word).slots()} if names else None

@@ -23,7 +23,6 @@ from ..layout.transport_document import (
 )
 from ..layout.variables import SUBSCRIBERS, TRANSFER_HOST
 from ..reader import Document, HookError
-from ..reader.files import read_json
 from .errors import Changed, NotReadable
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def transport_of(document: Document, engine: str) -> Transport:
     Raises NotReadable where it has not, Changed where what it has is of other generations.
     """
     path = document.slot.path(files.TRANSPORT)
-    entry, header = _entry(path, _read(path), document, engine)
+    entry, header = _entry(path, _read(path, document), document, engine)
     name = document.slot.name
     if entry["state"] != REGISTERED:
         problem = entry.get("problem") or "the memory was released, or is being replaced"
@@ -107,9 +106,9 @@ def content_generation_of(document: Document, engine: str) -> int:
     return max(document.content_generation, value if isinstance(value, int) else 0)
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, document: Document) -> dict[str, Any]:
     try:
-        raw = read_json(path)
+        raw = document.slot.transport()
     except HookError as error:
         raise NotReadable(str(error)) from error
     if raw is None:

@@ -128,7 +128,6 @@ class Document:
         published.  Raises HookError: `Changed` where the weights are no longer the document's,
         `NotReadable` where they cannot be reached.
         """
-        self.slot.require_local("the bytes behind a map")
         # The other way round as a rule: memory is built on the reader.
         from ..memory import Memory
 

@@ -139,8 +139,12 @@ class Slot:
         """Bytes of the state document.  Raises OSError."""
         return os.path.getsize(self.path(files.STATE))
 
-    def require_local(self, what: str) -> None:
-        """Raises HookError where ``what`` can only be had on the slot's own host: not here."""
+    def transport(self) -> Optional[dict[str, Any]]:
+        """What the server's transfer engines have registered, unchecked; None: it runs none.
+
+        Raises HookError.
+        """
+        return read_json(self.path(files.TRANSPORT))
 
     def header(self) -> Header:
         """The slot's state in its shortest form, as it is now.  Raises HookError.

@@ -300,16 +300,15 @@ def test_an_agent_that_was_killed_leaves_everything_unknown(
 
 
 def test_an_agent_that_stands_still_is_not_waited_for_long(
-    publish: Publish, serve: Serve, run: Run, monkeypatch: pytest.MonkeyPatch
+    publish: Publish, serve: Serve, run: Run
 ) -> None:
-    monkeypatch.setattr(remote_agent, "LISTING_TIMEOUT", 1.0)
     publish(1)
     agent, good = serve(), serve()
     os.kill(agent.process.pid, signal.SIGSTOP)
     try:
         started = time.monotonic()
         ended = run("slots", "--dir", agent.url, "--dir", good.url)
-        assert time.monotonic() - started < 10.0
+        assert time.monotonic() - started < 20.0
     finally:
         os.kill(agent.process.pid, signal.SIGCONT)
     assert ended.status == 3
