@@ -12,7 +12,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HERE, THERE = "10.213.77.1", "10.213.77.2"
+# Of one run of the tests, for another one may go on beside it.
+HERE, THERE = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
 
 
 class NoNamespaces(Exception):
