@@ -25,8 +25,12 @@ BACKEND = "UCX"
 # How long the progress thread sleeps while nothing comes, in microseconds.
 IDLE_MICROSECONDS = 10_000
 
-# Where UCX writes its warnings, which is stdout unless told otherwise.
-_LOG_VARIABLE, _LOG_PLACE = "UCX_LOG_FILE", "stderr"
+# What UCX is told by variables, where they are not set, which it reads when it is loaded.
+_LOG = {"UCX_LOG_FILE": "stderr"}  # and not stdout, which is SGLang's
+# Its modules for RDMA bring the wheel's libnl-route beside the system's one, and the destructors of
+# the two crash at the end of the process (seen where Debian's libibverbs1 is installed).  So they
+# are left out where there is no RDMA device.
+_NO_RDMA = {"UCX_MODULES": "^ib"}
 
 
 class Nixl(Registration):
@@ -58,7 +62,7 @@ class _Engine:
         problems = []
         for module in BY_NAME[NIXL].modules:
             try:
-                with _logs_not_on_stdout():
+                with _ucx_variables():
                     self._bindings = importlib.import_module(f"{module}._bindings")
                 self._module = module
                 return
@@ -85,7 +89,7 @@ class _Engine:
             # A new name each time: what knows the old one must not reach the new one.
             self._agent_name = f"sglang-weight-hook-{os.getpid()}-{uuid.uuid4().hex[:12]}"
             agent = nixl.nixlAgent(self._agent_name, config)
-            with _logs_not_on_stdout():
+            with _ucx_variables():
                 self._backend = agent.createBackend(BACKEND, {})
         except Exception as error:
             raise EngineFailed(f"nixl's agent could not be opened: {_words(error)}") from error
@@ -135,16 +139,16 @@ class _Engine:
 
 
 @contextlib.contextmanager
-def _logs_not_on_stdout() -> Iterator[None]:
-    """UCX reads its variables when it is loaded; SGLang's stdout is not its log."""
-    if _LOG_VARIABLE in os.environ:
-        yield
-        return
-    os.environ[_LOG_VARIABLE] = _LOG_PLACE
+def _ucx_variables() -> Iterator[None]:
+    """Set what UCX is to read, and leave the environment as it was."""
+    wanted = _LOG if rdma_devices() else {**_LOG, **_NO_RDMA}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        os.environ.pop(_LOG_VARIABLE, None)
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _words(error: Exception) -> str:

@@ -152,9 +152,15 @@ class Registration:
 
     def gone(self, slot: str) -> None:
         known = self._slots.pop(slot, None)
-        if known is None or not known.wanted:
+        if known is None:
             return
-        self._bring_up_to_date()
+        if self._slots:
+            self._bring_up_to_date()
+        else:
+            # Also at the end of the process, where an engine whose threads still run was seen to
+            # crash in the destructors of its library.
+            self._headers.clear()
+            self._close()
         known.held = []
         self._publish_others()
 
