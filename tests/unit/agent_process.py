@@ -30,7 +30,8 @@ AS_NOBODY = """
 import os
 import sglang_weight_hook.commands.lookup, sglang_weight_hook.commands.serve as command
 import sglang_weight_hook.commands.render.page, sglang_weight_hook.fleet.registration
-import anyio._backends._asyncio, encodings.idna, sglang_weight_hook.fleet.server
+import anyio._backends._asyncio, anyio.to_thread, concurrent.futures.thread, encodings.idna
+import sglang_weight_hook.fleet.server
 import uvicorn.lifespan.off, uvicorn.loops.asyncio
 as_told = command.directories_of
 def as_nobody(given):
@@ -150,7 +151,10 @@ class Agent:
             )
         assert self.process.stdout is not None
         found = re.match(r"serving (https?)://(.*):(\d+)\n", self.process.stdout.readline())
-        assert found is not None, self.said()
+        if found is None:
+            self.process.kill()
+            self.process.communicate()
+            raise AssertionError(self.said())
         self.scheme, self.port = found[1], int(found[3])
         self.url = f"{self.scheme}://{found[2]}:{self.port}"
         self.context: ssl.SSLContext | None = None

@@ -251,8 +251,10 @@ def test_nothing_is_written_and_no_right_is_needed(
     before = everything()
     agent = serve("--dir", maps, before=AS_NOBODY)
     assert Path(f"/proc/{agent.process.pid}").stat().st_uid == (os.getuid() or 65534)
+    # The page's template lies in the checkout, which may be closed to that user.
+    is_open = all(folder.stat().st_mode & 0o1 for folder in ROOT.parents)
     for path in PATHS:
-        if path != "/events":
+        if path != "/events" and (path != "/" or is_open):
             assert agent.ask(path).status in (200, 403, 404), path
             assert agent.ask(path, "POST").status in (404, 405), path
     stream = agent.events()
