@@ -100,7 +100,9 @@ class _Connection:
             if not self.writes_anywhere:
                 self._engine.unregister_memory(buffer.address)
         del self._buffers[1:]
-        if is_good and len(_idle) < _IDLE:
+        if is_good:
+            while len(_idle) >= _IDLE:
+                _idle.pop(next(iter(_idle)))
             self.is_used = True
             _idle[self.key] = self
 

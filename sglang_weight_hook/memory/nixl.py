@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -33,9 +34,9 @@ _SLOWEST = 4 << 20  # bytes a second that more take at least
 _SPINS = 200  # looks at a transfer before the processor is given to others between them
 _PAUSE = 0.0001
 
-# Agents that nobody uses now, by process; and those of transfers that have not ended, with what
-# they may write into.
-_idle: list[tuple[tuple[int, str], Any]] = []
+# Agents that nobody uses now, by what they are connected to, for that takes a tenth of a second;
+# and those of transfers that have not ended, with what they may write into.
+_idle: dict[Any, tuple[Any, str]] = {}
 _IDLE = 4
 _stuck: list[Any] = []
 
@@ -79,12 +80,15 @@ class _Connection:
             ) from error
         self._remote = str(entry.get("memory") or "DRAM"), int(entry.get("device_id") or 0)
         backend = str(entry.get("backend") or "UCX")
-        known = _idle_agent(backend) if may_be_used else None
-        self.is_used = known is not None
-        self._agent = _new_agent(backend) if known is None else known
-        self._backend = backend
+        self._key = (os.getpid(), threading.get_ident(), backend, metadata)
+        known = _idle.pop(self._key, None)
+        self.is_used = known is not None and may_be_used
         self._registered: list[Any] = []
         self._kept: list[Buffer] = []
+        if known is not None and may_be_used:
+            self._agent, self._name = known
+            return
+        self._agent = _new_agent(backend)
         try:
             name = self._agent.add_remote_agent(metadata)
         except Exception as error:
@@ -147,25 +151,20 @@ class _Connection:
         with contextlib.suppress(Exception):  # of a server that has exited
             if any(self is each for each, _ in _stuck):
                 return
-            self._agent.remove_remote_agent(self._name)
             for registered in self._registered:
                 self._agent.deregister_memory(registered)
-            if is_good and len(_idle) < _IDLE:
-                _idle.append(((os.getpid(), self._backend), self._agent))
+            if not is_good:
+                self._agent.remove_remote_agent(self._name)
+                return
+            while len(_idle) >= _IDLE:
+                _idle.pop(next(iter(_idle)))
+            _idle[self._key] = self._agent, self._name
 
 
 def _connected(
     transport: Transport, document: Document, address: Optional[str], may_be_used: bool
 ) -> _Connection:
     return _Connection(transport, may_be_used)
-
-
-def _idle_agent(backend: str) -> Any:
-    while _idle:
-        key, agent = _idle.pop()
-        if key == (os.getpid(), backend):
-            return agent
-    return None
 
 
 def _new_agent(backend: str) -> Any:
