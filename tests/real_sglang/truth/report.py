@@ -124,8 +124,11 @@ class Report:
             if row.refuses_disk:
                 what = f"another checkpoint is refused; SGLang says: `{row.refuses_disk}`"
                 lines.append(f"* {row.name}: {what}. The row fails once SGLang takes one.")
+            if row.ends_of_disk:
+                what = f"another checkpoint ends SGLang's scheduler: `{row.ends_of_disk}`"
+                lines.append(f"* {row.name}: {what}. The map then says `failed`.")
             if row.silent:
-                what = f"no request is made before the end; to that one SGLang says: `{row.silent}`"
+                what = f"no request is made, for SGLang then ends with: `{row.silent}`"
                 lines.append(f"* {row.name}: {what}.")
         return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -209,6 +210,16 @@ def live_quantized(life: Life, a: Path, b: Path, c: Path) -> None:
         assert row.refuses_disk in answer["message"], answer
         refused = life.look("refused update from disk", state="failed")
         assert refused.parameters() == loaded.parameters()
+    elif row.ends_of_disk:
+        with pytest.raises(ConnectionError):
+            running.update_weights_from_disk(b)
+        assert row.ends_of_disk in running.log_tail(10_000)
+        # Its file says what became of the weights, after the process that wrote it.
+        (file,) = running.map_directory.glob("weight_state_*.json")
+        state = json.loads(file.read_text())
+        assert (state["state"], state["event"]["success"]) == ("failed", False), state
+        assert row.ends_of_disk.startswith(state["event"]["message"][:40]), state
+        return
     else:
         assert running.update_from_disk(b)["success"]
         from_disk = life.look("update from disk")
