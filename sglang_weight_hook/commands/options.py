@@ -15,7 +15,8 @@ DirOption = Annotated[
     typer.Option(
         "--dir",
         metavar="DIR",
-        help=f"The server's output directory.  [default: ${location.DIRECTORY}, else "
+        help=f"The server's output directory, or the URL of a node agent (https://node:7411) or of "
+        f"a registry of agents (etcd://host:2379).  [default: ${location.DIRECTORY}, else "
         f"./{location.DEFAULT_DIRECTORY}]",
     ),
 ]
@@ -24,7 +25,9 @@ DirsOption = Annotated[
     typer.Option(
         "--dir",
         metavar="DIR",
-        help="A server's output directory, or a pattern such as '/shared/maps/*'; repeatable.  "
+        help="A server's output directory, a pattern such as '/shared/maps/*', or the URL of a "
+        "node agent (https://node:7411) or of a registry of agents (etcd://host:2379); "
+        "repeatable.  "
         f"[default: ${location.DIRECTORY}, else ./{location.DEFAULT_DIRECTORY}]",
     ),
 ]
