@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,9 +112,6 @@ def test_known_gaps_are_named_where_they_are_and_not_hooked(
 ) -> None:
     package = sglang("0.5.23")
     assert texts(doctor.diagnose(), "Known gap") == []
-    for path in ("srt/weight_cache/daemon.py", "multimodal_gen/runtime/x.py"):
-        (package / path).parent.mkdir(parents=True)
-        (package / path).touch()
     old = package / "srt/disaggregation/encode_server.py"
     old.parent.mkdir(parents=True, exist_ok=True)
     old.touch()
@@ -122,12 +120,22 @@ def test_known_gaps_are_named_where_they_are_and_not_hooked(
     monkeypatch.setattr(
         core,
         "ENTRY_POINTS",
-        tuple(entry for entry in core.ENTRY_POINTS if "disaggregation" not in entry.module),
+        tuple(
+            entry
+            for entry in core.ENTRY_POINTS
+            if entry.module.split(".")[2] not in ("disaggregation", "weight_cache", "runtime")
+        ),
     )
     said = " ".join(texts(doctor.diagnose(), "Known gap", NOTE))
     for name in ("encode_server.py", "MlxModelRunnerStub", "weight-cache daemon", "multimodal_gen"):
         assert name in said
     monkeypatch.undo()
+
+
+def test_an_environment_without_diffusion_lacks_nothing(sglang: Callable[..., Path]) -> None:
+    package = sglang("0.5.23")
+    shutil.rmtree(package / "multimodal_gen")
+    assert texts(doctor.diagnose(), "Entry points", BAD) == []
 
 
 @pytest.mark.parametrize(
