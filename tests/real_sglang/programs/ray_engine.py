@@ -9,6 +9,7 @@ serves, then updates from the other checkpoint, says so, and ends.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -27,6 +28,8 @@ def main() -> None:
     sys.stdout = sys.stderr
     model, other = sys.argv[1:]
 
+    # Ray holds what it is told of GPUs against this.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     import ray  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     def tell(what: str) -> None:
