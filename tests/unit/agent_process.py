@@ -86,6 +86,7 @@ class Publisher:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "unit")])
         environment["SGLANG_WEIGHT_HOOK_DIR"] = str(directory)
         environment["SGLANG_WEIGHT_HOOK_QUIET_MS"] = "0"
+        environment["SGLANG_WEIGHT_HOOK_CHECK_SECONDS"] = "10000"
         self.directory = directory
         self.process = subprocess.Popen(
             [sys.executable, "-c", OWNER, str(slots)],
