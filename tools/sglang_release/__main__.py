@@ -76,7 +76,7 @@ def _check(options: argparse.Namespace) -> int:
 def _history(options: argparse.Namespace) -> int:
     versions = _versions(options)
     steps = list(history.steps(_summaries(versions)))
-    ranges = history.ranges(_summaries(versions))
+    ranges = history.ranges(steps)
     if options.json:
         print(json.dumps(report.history_document(steps, ranges), indent=2))
     else:

@@ -9,7 +9,7 @@ a reported function, *inside* if it only runs inside of a method that is wrapped
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sglang_weight_hook_patch_core import ENTRY_POINTS, REQUESTS, EntryPoint
@@ -38,6 +38,7 @@ class Step(NamedTuple):
     went: tuple[str, ...]  # rows that the release before had, and this one has not
     new: tuple[Finding, ...]  # what there was to read, rows among it
     others: tuple[Finding, ...]  # of those, what led to no row
+    here: frozenset[EntryPoint]  # rows of the table that the release has
 
 
 class Range(NamedTuple):
@@ -68,10 +69,12 @@ def steps(summaries: Iterable[Summary]) -> Iterator[Step]:
         led = {row.by for row in rows if row.by}
         others = [each for each in new if each.place not in led]
         went = [title(place_of(each)) for each in known if each in before - here]
-        yield Step(summary.version, tuple(rows), tuple(went), tuple(new), tuple(others))
+        told = (tuple(rows), tuple(went), tuple(new), tuple(others))
+        yield Step(summary.version, *told, frozenset(here))
         known += [row.entry for row in rows]
         # With the new rows in the table, what is still reported has been judged.
-        judged |= {each.place for each in _reported(paths, known, here)}
+        settled = _reported(paths, known, here) if rows else reported
+        judged |= {each.place for each in settled}
         before = here
 
 
@@ -96,12 +99,10 @@ def _table() -> tuple[EntryPoint, ...]:
     return (*ENTRY_POINTS, *REQUESTS)
 
 
-def ranges(summaries: Iterable[Summary]) -> list[Range]:
+def ranges(steps_: Sequence[Step]) -> list[Range]:
     """The releases that have each row's method, first and last of those given."""
     seen: dict[EntryPoint, list[str]] = {}
-    for summary in summaries:
-        places = {each.place for module in summary.modules.values() for each in module.functions}
-        for entry in _table():
-            if place_of(entry) in places:
-                seen.setdefault(entry, []).append(summary.version)
-    return [Range(entry, found[0], found[-1]) for entry, found in seen.items()]
+    for step in steps_:
+        for entry in step.here:
+            seen.setdefault(entry, []).append(step.release)
+    return [Range(each, seen[each][0], seen[each][-1]) for each in _table() if each in seen]

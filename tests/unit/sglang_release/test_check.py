@@ -292,7 +292,7 @@ def refit(self, named):
     }
     assert [each.place for each in steps[1].others] == [RUNNER + "refit"]
     assert steps[2].went == tuple(RUNNER + name for name in ("update", "outer", "inner", "unseen"))
-    ranges = {each.entry.method: (each.first, each.last) for each in history.ranges(releases)}
+    ranges = {each.entry.method: (each.first, each.last) for each in history.ranges(steps)}
     assert ranges["update"] == ("0.5.97", "0.5.98")
 
 
