@@ -23,6 +23,11 @@ def test_the_defaults_are_the_contracts() -> None:
         "check_seconds": 10.0,
         "quiet_seconds": 0.05,
         "share": None,
+        "subscribers": (),
+        "subscriber_timeout": 10.0,
+        "transfer_host": "127.0.0.1",
+        "mooncake_protocol": "tcp",
+        "mooncake_device": "",
     }
 
 
