@@ -43,8 +43,8 @@ def directory_at(value: Optional[str]) -> Directory:
     return found
 
 
-# Seconds for the slots of several directories; an agent has 5 s of its own.
-_LISTING_TIMEOUT = 8.0
+# Seconds for the slots of several directories; an agent has 10 s of its own.
+_LISTING_TIMEOUT = 13.0
 
 
 def slots_of_each(asked: list[Directory]) -> dict[Directory, Union[list[Slot], HookError]]:

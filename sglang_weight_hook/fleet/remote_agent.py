@@ -27,9 +27,11 @@ SCHEMA_NAME, SCHEMA_VERSION = "sglang-weight-agent", 1
 
 # Seconds for which what a listing said of a slot is taken for what is so now.
 FRESH = 1.0
-LISTING_TIMEOUT = 5.0
-# Of an agent that did not answer the last time: it is not to keep the others waiting.
+LISTING_TIMEOUT = 10.0
+# Of an agent that did not answer the last time: it is not to keep the others waiting, but for one
+# attempt in so many seconds, for it may be slow and not gone.
 SECOND_TIMEOUT = 1.0
+PATIENT_AGAIN = 15.0
 REQUEST_TIMEOUT = 10.0
 LOOKUP_TIMEOUT = 30.0  # the agent may have to read every layout
 
@@ -106,6 +108,7 @@ class RemoteAgent:
                 )
         self._listing: Optional[Listing] = None
         self._down: Optional[tuple[float, Unreachable]] = None
+        self._patient_at = 0.0  # when its whole time was last waited for
 
     # -- slots
 
@@ -114,7 +117,11 @@ class RemoteAgent:
         known = self._listing
         if known is not None and time.monotonic() - known.at <= max_age:
             return known
-        timeout = LISTING_TIMEOUT if self._down is None else SECOND_TIMEOUT
+        timeout = LISTING_TIMEOUT
+        if self._down is not None and time.monotonic() - self._patient_at < PATIENT_AGAIN:
+            timeout = SECOND_TIMEOUT
+        else:
+            self._patient_at = time.monotonic()
         try:
             found = self._json("/slots", timeout, _LISTING_BYTES)
             self._listing = listing = self._checked(found)

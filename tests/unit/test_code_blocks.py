@@ -75,6 +75,31 @@ class Place:
             program.write_text(f"#!/bin/sh\n{path}exec '{sys.executable}' {words}\"$@\"\n")
             program.chmod(0o755)
         self.server = TinyLlama(folder)
+        self._agent: subprocess.Popen[str] | None = None
+        self._agents_url = ""
+
+    def agent(self) -> str:
+        """The URL of a node agent over the server's directory, started when it is first needed."""
+        if self._agent is None:
+            pytest.importorskip("starlette")
+            pytest.importorskip("uvicorn")
+            command = "exec sglang-weight-hook serve --port 0"
+            self._agent = subprocess.Popen(
+                ["bash", "-c", command],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert self._agent.stdout is not None
+            self._agents_url = self._agent.stdout.readline().split()[1]
+        return self._agents_url
+
+    def end(self) -> None:
+        if self._agent is not None:
+            self._agent.terminate()
+            self._agent.communicate()
+        self.server.end()
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -92,7 +117,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made = Place(tmp_path_factory.mktemp("pages"))
     yield made
-    made.server.end()
+    made.end()
 
 
 @pytest.fixture
@@ -473,6 +498,16 @@ def follow_and_compare(command: Command, place: Place) -> None:
         assert shows(command.output, said, figures=False), difference(command.output, said)
 
 
+def ask_an_agent(command: Command, place: Place) -> None:
+    """An agent over the server's directory stands for those of the page, and for a registry's."""
+    hold_options_of_ours(command)
+    text = re.sub(r"\b(https|etcds?)://[\w.:,-]+", place.agent(), command.text)
+    text = re.sub(r"\bnode\d:(?=0)", "", text)  # what a registry calls the slot
+    done = place.run(text)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stdout + done.stderr
+    assert not command.output or shows(command.output, done.stdout), done.stdout
+
+
 def hold_make(command: Command, place: Place) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for words in parts(command.text):
@@ -599,6 +634,11 @@ RULES = (
         r"sglang-weight-hook .* --via (mooncake|nixl)",
         hold_ours,
         "needs a transfer engine: tests/unit/test_transfer_page.py",
+    ),
+    Rule(
+        r"sglang-weight-hook (slots|report|show|regions|history|verify) .*--dir (https|etcds?)://",
+        ask_an_agent,
+        "",
     ),
     Rule(rf"sglang-weight-hook ({'|'.join(READING)})\b", run_and_compare, ""),
     Rule(r"(jq|cat|sha256sum|cp|cc) ", run_and_compare, ""),

@@ -308,7 +308,7 @@ def test_an_agent_that_stands_still_is_not_waited_for_long(
     try:
         started = time.monotonic()
         ended = run("slots", "--dir", agent.url, "--dir", good.url)
-        assert time.monotonic() - started < 20.0
+        assert time.monotonic() - started < 30.0
     finally:
         os.kill(agent.process.pid, signal.SIGCONT)
     assert ended.status == 3

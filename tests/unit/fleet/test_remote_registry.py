@@ -43,6 +43,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody hangs, a machine on which much else runs is no failure."""
+    monkeypatch.setattr(remote_agent, "LISTING_TIMEOUT", 20.0)
+    monkeypatch.setattr(remote_agent, "SECOND_TIMEOUT", 20.0)
+
+
 def url_of(etcd: EtcdServer) -> str:
     return etcd.url.replace("http://", "etcd://")
 
@@ -51,7 +58,7 @@ def names(directory: Directory) -> list[str]:
     return [slot.name for slot in directory.slots()]
 
 
-def eventually(holds: Callable[[], Any], seconds: float = 30.0) -> Any:
+def eventually(holds: Callable[[], Any], seconds: float = 120.0) -> Any:
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -112,7 +119,9 @@ def test_a_silent_agent_is_shown_and_its_slots_are_not_summed_over(
     serve: Callable[..., Agent],
     tmp_path: Path,
     run: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(remote_agent, "LISTING_TIMEOUT", 5.0)
     agents = []
     for node in ("one", "two"):
         publish(1, tmp_path / node)
