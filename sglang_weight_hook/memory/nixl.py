@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 from ..layout.engines import BY_NAME
@@ -33,6 +33,10 @@ _TIMEOUT = 15.0  # seconds, for a read of a few bytes
 _SLOWEST = 4 << 20  # bytes a second that more take at least
 _SPINS = 200  # looks at a transfer before the processor is given to others between them
 _PAUSE = 0.0001
+
+# What is read once, when NIXL and UCX are loaded.  UCX writes its errors to stdout unless told
+# otherwise, and stdout is for what was asked for.
+_SETTINGS = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_FILE": "stderr"}
 
 # Agents that nobody uses now, by what they are connected to, for that takes a tenth of a second;
 # and those of transfers that have not ended, with what they may write into.
@@ -169,39 +173,45 @@ def _connected(
 
 def _new_agent(backend: str) -> Any:
     """A new agent of this process.  Raises NotReadable."""
-    api = _api()
     name = f"sglang-weight-hook-{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
+    with _settings():
+        api = _api()
+        try:
+            # No thread of its own: the server's serves, this one asks.
+            config = api.nixl_agent_config(False, False, 0, backends=[backend])
+            return api.nixl_agent(name, config)
+        except Exception as error:
+            raise NotReadable(
+                f"nixl cannot start here with {backend} ({error or type(error).__name__}); "
+                f"NIXL_LOG_LEVEL=INFO shows why"
+            ) from error
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """The environment in which NIXL and UCX are loaded; no child of ours inherits it."""
+    ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
-        # No thread of its own: the server's serves, this one asks.
-        settings = api.nixl_agent_config(False, False, 0, backends=[backend])
-        return api.nixl_agent(name, settings)
-    except Exception as error:
-        raise NotReadable(
-            f"nixl cannot start here with {backend} ({error or type(error).__name__}); "
-            f"NIXL_LOG_LEVEL=INFO shows why"
-        ) from error
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _api() -> Any:
     """NIXL's Python interface.  Raises NotReadable."""
     _load_netlink()
-    quiet = "NIXL_LOG_LEVEL" not in os.environ
-    if quiet:
-        os.environ["NIXL_LOG_LEVEL"] = "ERROR"  # read once, when it is imported
     reasons = []
-    try:
-        for module in BY_NAME[NIXL].modules:
-            try:
-                known = f"{module}._api" in sys.modules
-                api = importlib.import_module(f"{module}._api")
-                if not known:  # it tells of each agent on stdout, which is for what was asked for
-                    logging.getLogger("nixl").setLevel(logging.ERROR)
-                return api
-            except ImportError as error:
-                reasons.append(str(error))
-    finally:
-        if quiet:
-            os.environ.pop("NIXL_LOG_LEVEL", None)
+    for module in BY_NAME[NIXL].modules:
+        try:
+            known = f"{module}._api" in sys.modules
+            api = importlib.import_module(f"{module}._api")
+            if not known:  # it tells of each agent on stdout, which is for what was asked for
+                logging.getLogger("nixl").setLevel(logging.ERROR)
+            return api
+        except ImportError as error:
+            reasons.append(str(error))
     raise NotReadable(
         f"nixl cannot be imported ({reasons[0]}); pip install nixl-cu12, or nixl-cu13 where CUDA "
         f"is of release 13"
