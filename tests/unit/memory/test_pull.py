@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,8 +106,23 @@ def test_a_pull_ends_after_so_many_attempts(start: Start, way: str) -> None:
 
 def test_a_saved_map_is_never_read_again(start: Start, tmp_path: Path) -> None:
     owner = start("mooncake", "even")
-    saved = open_file(owner.slot.path("weight_layout_{}.json"))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("weight_layout_0.json", "weight_transport_0.json"):
+        shutil.copy(Path(owner.slot.directory) / name, copy)
+    saved = open_file(str(copy / "weight_layout_0.json"))
     assert (pull(saved, via="mooncake").array("part0") == 0).all()
     owner.tell("fill")
     with pytest.raises(Changed, match="content generation"):
         pull(saved, via="mooncake")
+
+
+def test_a_saved_map_is_of_the_contents_that_the_document_beside_it_names(start: Start) -> None:
+    """An update in place writes no new layout: what is beside it may be newer, and the header is
+    held against that."""
+    owner = start("mooncake", "even")
+    saved = open_file(owner.slot.path("weight_layout_{}.json"))
+    owner.tell("fill")
+    pulled = pull(saved, via="mooncake")
+    assert (pulled.array("part0") == 1).all()
+    assert pulled.document.content_generation == owner.read().content_generation
