@@ -58,7 +58,7 @@ def test_no_pull_is_mixed(engine: str, module: str, tmp_path: Path, is_long: boo
 def _pulled(owner: BytesOwner, engine: str, pulls: int, seconds: float) -> tuple[int, int, int]:
     """How many were whole, how many an update overtook, and how many updates were seen."""
     owner.tell("fill")
-    owner.tell("spin 0.1")
+    owner.tell("spin 0.02")
     whole = overtaken = 0
     seen = set()
     deadline = time.monotonic() + seconds
