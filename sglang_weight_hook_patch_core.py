@@ -359,9 +359,20 @@ def _wrap_entry(module: ModuleType, entry: EntryPoint) -> bool:
     original = getattr(owner, entry.method, None)
     if owner is None or not callable(original) or original is object.__init__:
         return False
+    if entry.effect == "complete" and entry.last is not None and _has_later_step(owner, entry):
+        return True
     if not hasattr(original, _MARK):
         setattr(owner, entry.method, make_wrapper(original, entry))
     return True
+
+
+def _has_later_step(owner: Any, entry: EntryPoint) -> bool:
+    """Whether this release completes a runner with a later step than ``entry``."""
+    return any(
+        other.last is None and hasattr(owner, other.method)
+        for other in ENTRY_POINTS
+        if (other.event, other.site) == (entry.event, entry.site)
+    )
 
 
 def make_wrapper(original: Callable[..., Any], entry: EntryPoint) -> Callable[..., Any]:

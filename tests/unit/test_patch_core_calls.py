@@ -152,6 +152,17 @@ def test_an_updater_that_cannot_name_its_runner_is_an_event_of_all_runners(
     assert "update_weights_from_disk" in caplog.text
 
 
+def test_only_the_last_step_of_a_runner_completes_it(recorded: list[Any]) -> None:
+    entry = an_entry("ModelRunner.alloc_memory_pool")
+    first = method("(self)", "__init__")
+    module = fake_module(entry, __init__=first, alloc_memory_pool=lambda self: "a pool")
+    core.patch_module(module)
+    runner = module.ModelRunner()
+    assert recorded == []
+    assert runner.alloc_memory_pool() == "a pool"
+    assert [begun.kind for begun in recorded[:1]] == ["runner_ready"]
+
+
 def test_a_function_that_is_not_told_its_owner_finds_it_among_its_callers(
     recorded: list[Any],
 ) -> None:
