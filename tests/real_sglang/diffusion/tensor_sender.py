@@ -16,11 +16,14 @@ import urllib.request
 
 
 def main() -> None:
+    import torch  # type: ignore[import-not-found, unused-ignore]
     from safetensors.torch import load_file  # type: ignore[import-not-found, unused-ignore]
     from sglang.srt.utils import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
         MultiprocessingSerializer,
     )
 
+    # By name: a file descriptor is handed to relatives alone, who share a key.
+    torch.multiprocessing.set_sharing_strategy("file_system")
     url, file, component = sys.argv[1:]
     tensors = list(load_file(file).items())
     # They are shared, not copied: this process keeps them until SGLang has answered.

@@ -62,7 +62,9 @@ class Program:
             time.sleep(0.05)
         found = {}
         for path in answers:
-            (found[int(path.stem.rpartition("-")[2])],) = json.loads(path.read_text())
+            (runner,) = json.loads(path.read_text())
+            pid = int(path.stem.rpartition("-")[2])
+            found[pid] = {**runner, "pid": pid}
         return found
 
     def events(self, slot: str) -> list[tuple[str, str]]:
