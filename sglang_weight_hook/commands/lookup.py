@@ -98,9 +98,7 @@ def lookup(
     if not documents and looked.left_out:
         return NO_ANSWER
     answers = {place: [_found(document, place) for document in documents] for place in places}
-    told = [
-        found for one in answers.values() for found in one if found.is_any or looked.of == 1
-    ]
+    told = [found for one in answers.values() for found in one if found.is_any or looked.of == 1]
     # A slot without a part in the answer need not be good for it.
     concerned = {id(found.document): found.document for found in told}
     asked = list(concerned.values()) or documents
@@ -188,9 +186,7 @@ class _Looked(NamedTuple):
     is_partial: bool = False  # what some of these have, nobody says
 
 
-def _documents(
-    directory: Optional[str], slot: Optional[str], places: Collection[int]
-) -> _Looked:
+def _documents(directory: Optional[str], slot: Optional[str], places: Collection[int]) -> _Looked:
     """Of the slot, or of every slot; one that cannot be read is named and stops no other."""
     if slot is not None:
         return _Looked([document_of(directory, slot)], 1)

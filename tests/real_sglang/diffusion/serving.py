@@ -39,7 +39,7 @@ def make_adapter(environment: Environment, folder: Path) -> Path:
 
 
 def _make(environment: Environment, path: Path, *options: str) -> Path:
-    command = [environment.python, "-m", "cpu_sglang.tiny_pipeline", path, *options]
+    command = [str(environment.python), "-m", "cpu_sglang.tiny_pipeline", str(path), *options]
     subprocess.run(command, cwd=ROOT, env=environment.env(), check=True, stdout=subprocess.DEVNULL)
     return path
 

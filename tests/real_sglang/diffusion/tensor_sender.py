@@ -13,6 +13,7 @@ import json
 import sys
 import urllib.error
 import urllib.request
+from typing import Any
 
 
 def main() -> None:
@@ -23,7 +24,8 @@ def main() -> None:
     )
 
     # By name: a file descriptor is handed to relatives alone, who share a key.
-    torch.multiprocessing.set_sharing_strategy("file_system")
+    multiprocessing: Any = torch.multiprocessing
+    multiprocessing.set_sharing_strategy("file_system")
     url, file, component = sys.argv[1:]
     tensors = list(load_file(file).items())
     # They are shared, not copied: this process keeps them until SGLang has answered.
