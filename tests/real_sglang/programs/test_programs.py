@@ -17,7 +17,7 @@ import pytest
 import sglang_weight_hook as hook
 from cpu_sglang.environment import Environment
 from cpu_sglang.server import CPU_FLAGS
-from tests.real_sglang.hooked import ROOT, assert_legacy_files, assert_true_map
+from tests.real_sglang.hooked import ROOT, assert_legacy_files, assert_true_map, wait_for_end
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.truth]
 
@@ -148,6 +148,7 @@ def test_two_engines_of_one_program_have_a_slot_each(
         program.go_on()
 
         assert program.point() == "one shut down"
+        wait_for_end(first)  # SGLang has killed it, and does not wait
         left = [slot for slot in slots if slot.owner_alive()]
         assert [slot.read_state()["pid"] for slot in left] == [second]
         documents_of(left, program.live())
