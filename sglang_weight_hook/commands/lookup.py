@@ -199,7 +199,7 @@ def _documents(directory: Optional[str], slot: Optional[str], places: Collection
         try:
             documents.append(each.read(2.0))
         except HookError as error:
-            complain(f"slot {each.name} is left out: {error}")
+            complain(f"slot {each.name} in {each.directory} is left out: {error}")
             left_out += 1
             is_partial = is_partial or each.is_remote
     return _Looked(documents, len(slots), left_out, is_partial)

@@ -68,10 +68,8 @@ class Tracked:
         self.missing: list[str] = []
 
         self.state = LOADING
-        self.layout_generation = 0
-        self.content_generation = 0
-        self.physical_epoch = 0
-        self.kv_physical_epoch = 0
+        self.layout_generation = self.content_generation = 0
+        self.physical_epoch = self.kv_physical_epoch = 0
         self.residency = dict.fromkeys(TAGS, RESIDENT)
         self.doubtful: set[str] = set()  # tags that a failed release may have released
         self.settled = False  # whether the engine around the runner is built

@@ -136,6 +136,7 @@ def test_one_that_stands_still_is_waited_for_no_longer_than_agreed(etcd: EtcdSer
         client.get("/a")
     assert time.monotonic() - began < 5
     etcd.go_on()
+    Etcd([etcd.url], timeout=30).get("/a")  # it has come round
     assert client.get("/a") is None
 
 
