@@ -1,7 +1,8 @@
 """What was found and is right as it is, or a gap that is known: each with the reason.
 
-Read in SGLang's source (0.5.23).  A judgement is of one kind of finding at one place, so something
-else that is found there later is told.  A place that ends in a colon is a whole module.
+Judged on SGLang 0.5.23, most by its source, some by the finding and the calls that lead there alone.
+A judgement is of one kind of finding at one place, so something else that is found there later is
+told.  A place that ends in a colon is a whole module.
 """
 
 from __future__ import annotations
