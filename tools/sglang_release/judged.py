@@ -1,6 +1,6 @@
 """What was found and is right as it is, or a gap that is known: each with the reason.
 
-Judged on SGLang 0.5.23, most by its source, some by the finding and the calls that lead there alone.
+Judged on SGLang 0.5.23, most by its source, some by the finding and the calls to it alone.
 A judgement is of one kind of finding at one place, so something else that is found there later is
 told.  A place that ends in a colon is a whole module.
 """

@@ -1,7 +1,7 @@
 """What the functions of a release do, as far as weights are concerned, found in its syntax trees.
 
-General rules, of which some use words of SGLang's own names (``memory_occupation``); a rule is a few
-lines in `_evidence_of`.
+General rules, of which some use words of SGLang's own names (``memory_occupation``); a rule is a
+few lines in `_evidence_of`.
 """
 
 from __future__ import annotations
