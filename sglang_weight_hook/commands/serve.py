@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PORT = 7411
 _SHORTEST_TOKEN = 16
+_ANYWHERE = ("0.0.0.0", "::")
 
 _Host = Annotated[
     str,
@@ -198,7 +199,7 @@ def serve(
     if client is not None:
         from ..fleet.registration import Registration
 
-        registration = Registration(client, advertise or url_of(settings, made), node, ttl)
+        registration = Registration(client, advertise or _own(settings, made), node, ttl)
     _log_to_stderr()
     server.run(settings, made, _presentation(), registration, lambda: _say(settings, made))
     return 0
@@ -275,10 +276,26 @@ def _say(settings: Settings, made: socket.socket) -> None:
         complain("the token travels unencrypted: give --ssl-certfile, or put a TLS proxy in front")
 
 
+def _own(settings: Settings, made: socket.socket) -> str:
+    """The URL that is registered where none was told; warned about where others may not reach it."""
+    url = url_of(settings, made)
+    if _is_loopback(made.getsockname()[0]):
+        complain(
+            f"{url} is registered in etcd, where only readers on this machine reach it: give --host "
+            f"and --advertise"
+        )
+    elif made.getsockname()[0] in _ANYWHERE:
+        complain(
+            f"{url} is registered in etcd, this machine's host name, which others may not know: "
+            f"give --advertise"
+        )
+    return url
+
+
 def url_of(settings: Settings, made: socket.socket) -> str:
     """Where the agent is, as far as the agent can tell."""
     host, port = made.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
+    if host in _ANYWHERE:
         host = socket.gethostname()
     if ":" in host:
         host = f"[{host}]"

@@ -126,6 +126,7 @@ class Agent:
             "schema_version": SCHEMA_VERSION,
             "hostname": self._hostname,
             "boot_id": self._boot_id,
+            "agent": None if self.feed.identity is None else self.feed.identity._asdict(),
             "directories": [
                 {"path": view.directory.path, "problem": view.problem}
                 for view in self.views.directories

@@ -14,11 +14,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import NamedTuple, Optional
 
 from .entry import Entry
+from .identity import Identity
 
 KEPT = 1024
 KEEP_ALIVE = 15.0  # seconds
 
-STATE, REMOVED, RESET = "state", "removed", "reset"
+STATE, REMOVED, RESET, AGENT = "state", "removed", "reset", "agent"
 
 
 class _Message(NamedTuple):
@@ -31,7 +32,9 @@ class _Message(NamedTuple):
 class Feed:
     """Belongs to one event loop; `publish` is called there."""
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int = KEPT, identity: Optional[Identity] = None) -> None:
+        """``identity``: what the agent has registered under, which each stream begins with."""
+        self.identity = identity
         self.boot = secrets.token_hex(8)  # of this agent: numbers of another one mean nothing
         self.number = 0
         self.is_closed = False
@@ -80,6 +83,8 @@ class Feed:
         ``wanted``: only the slot of that id.  ``last``: the Last-Event-ID of a reader that had a
         stream before.
         """
+        if self.identity is not None:
+            yield message(AGENT, json.dumps(self.identity._asdict()).encode())
         at = self.position(last)
         if at is None:
             if last is not None:

@@ -73,6 +73,11 @@ SCHEMAS: dict[str, Any] = {
             "schema_version": {"const": 1},
             "hostname": _TEXT,
             "boot_id": _or_null(_TEXT),
+            "agent": {
+                **_or_null(_object({"id": _TEXT, "node": _TEXT})),
+                "description": "What this run of the agent registers its slots under in etcd; null "
+                "where it registers none.",
+            },
             "time": _NUMBER,
             "directories": _list(_object({"path": _TEXT, "problem": _or_null(_TEXT)})),
             "slots": _list(_reference("Slot")),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Optional
 
 from .entry import Entry
 from .etcd import PREFIX, Etcd, EtcdError, LeaseGone
+from .identity import Identity
 
 SCHEMA, SCHEMA_VERSION = "sglang-weight-slot", 1
 TTL = 10  # seconds; etcd itself grants no less than a few
@@ -52,6 +53,7 @@ class Registration:
         """``url``: where readers find this agent.  ``node``: under which name (host name)."""
         self.agent = {"url": url, "id": secrets.token_hex(8)}
         self.node = node or socket.gethostname()
+        self.identity = Identity(self.agent["id"], self.node)
         self._etcd = etcd
         self._ttl = ttl
         self._lock = threading.Lock()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..reader import HookError, Unreachable
 from .access import ETCD_PASSWORD, ETCD_USER, Access
+from .identity import Identity
 from .remote_agent import is_name
 from .wire import Answer, Peer
 
@@ -39,6 +40,12 @@ class Registered(NamedTuple):
     def name(self) -> str:
         """What the slot is called among those of all nodes."""
         return f"{self.hostname}:{self.id}"
+
+    @property
+    def identity(self) -> Identity:
+        """Of the agent that has registered it."""
+        agent = self.value.get("agent")
+        return Identity.of(agent.get("id") if isinstance(agent, dict) else None, self.hostname)
 
 
 class Registry:

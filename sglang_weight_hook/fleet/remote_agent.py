@@ -21,6 +21,7 @@ from ..layout.documents import SCHEMA, STATE_SCHEMA
 from ..reader import HookError, Unreachable
 from ..reader.files import MAX_DOCUMENT_BYTES, check_schema, file_name
 from .access import TOKEN, Access, TokenInClear
+from .identity import Identity
 from .wire import Answer, Peer, Stop
 
 SCHEMA_NAME, SCHEMA_VERSION = "sglang-weight-agent", 1
@@ -53,6 +54,7 @@ class Listing(NamedTuple):
     hostname: Optional[str]
     entries: Mapping[str, Mapping[str, Any]]
     problems: tuple[str, ...]  # of directories that the agent cannot read
+    identity: Identity
 
 
 class _Layouts:
@@ -93,6 +95,7 @@ class RemoteAgent:
         """
         self._peer = peer = Peer(url, access)
         self.is_named_by_registry = is_named_by_registry
+        self.identity: Optional[Identity] = None  # as it was told last; None: not asked yet
         self.url = peer.url
         self._token = access.token
         self._is_withheld = False
@@ -125,6 +128,7 @@ class RemoteAgent:
         try:
             found = self._json("/slots", timeout, _LISTING_BYTES)
             self._listing = listing = self._checked(found)
+            self.identity = listing.identity
         except Unreachable as error:
             self._down = time.monotonic(), error
             raise
@@ -313,6 +317,7 @@ class RemoteAgent:
             hostname if isinstance(hostname, str) else None,
             entries,
             tuple(problems),
+            Identity.told(found.get("agent")),
         )
 
     def checked_entry(self, found: Any) -> Mapping[str, Any]:

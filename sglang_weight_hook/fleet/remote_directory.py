@@ -11,12 +11,10 @@ from ..reader.directory import slot_order
 from ..reader.gathering import gather
 from ..reader.slot import LOOK_AGAIN
 from .access import Access
+from .following import Following
 from .registry_reading import Registered, Registry
 from .remote_agent import LISTING_TIMEOUT, LOOKUP_TIMEOUT, Listing, NoAgent, RemoteAgent
-from .remote_events import Follower, Told
 from .remote_slot import RemoteSlot
-
-Key = tuple[str, str]  # URL of the agent, id of the slot there
 
 
 class Member(NamedTuple):
@@ -91,10 +89,10 @@ class RemoteDirectory(Directory):
         Ends after ``timeout`` seconds; None: never.  Raises HookError.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        following = _Following(self)
+        following = Following(self)
         try:
             while True:
-                following.renew()
+                yield from following.renew()
                 left = LOOK_AGAIN if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     return
@@ -115,6 +113,14 @@ class RemoteDirectory(Directory):
     def name_of(self, agent: RemoteAgent, id: str) -> str:
         """What a slot of an agent is called here."""
         raise NotImplementedError
+
+    def speaks(self, agent: RemoteAgent) -> bool:
+        """Whether who answers at an agent's address is who was meant."""
+        return True
+
+    def mistaken(self, agent: RemoteAgent) -> list[Member]:
+        """Slots that are registered with an agent's address, where another one answers."""
+        return []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.path!r}>"
@@ -160,7 +166,7 @@ class RegistryDirectory(RemoteDirectory):
         self._registry = registry
         self._access = access
         self._by_url: dict[str, RemoteAgent] = {}
-        self._called: dict[Key, str] = {}
+        self._rows: dict[str, list[Registered]] = {}  # by the agent's URL
 
     def slot(self, name: str) -> Slot:
         for one in self._members():
@@ -190,12 +196,18 @@ class RegistryDirectory(RemoteDirectory):
         failure: Optional[HookError] = None
         if isinstance(listing, HookError):
             failure = listing
+        elif listing.identity != row.identity:
+            failure = _another(row, agent)
         elif row.id not in listing.entries:
             failure = HookError(
                 f"slot {row.name} is registered, and its agent at {agent.url} does not have it: "
-                f"its server has just ended, or another agent has that address now; look again"
+                f"its server has just ended; look again"
             )
-        self._called[agent.url, row.id] = row.name
+        elif _is_of_another_run(row, listing.entries[row.id]):
+            failure = HookError(
+                f"slot {row.name} is registered for another run of its server than {agent.url} "
+                f"has now: its server has just been started anew; look again"
+            )
         return Member(agent, row.id, row.name, failure)
 
     def _agents_of(self, rows: Collection[Registered]) -> dict[str, Union[RemoteAgent, HookError]]:
@@ -209,90 +221,46 @@ class RegistryDirectory(RemoteDirectory):
                 found[url] = self._by_url[url] = agent
         for url in self._by_url.keys() - found.keys():
             del self._by_url[url]
+        by_agent: dict[str, list[Registered]] = {}
+        for row in rows:
+            at = found.get(row.url or "")
+            if isinstance(at, RemoteAgent):
+                by_agent.setdefault(at.url, []).append(row)
+        self._rows = by_agent
         return found
 
     def _agents(self) -> list[RemoteAgent]:
-        rows = self._registry.slots()
-        agents = self._agents_of(rows)
-        for row in rows:
-            agent = agents.get(row.url or "")
-            if isinstance(agent, RemoteAgent):
-                self._called[agent.url, row.id] = row.name
+        agents = self._agents_of(self._registry.slots())
         return [agent for agent in agents.values() if isinstance(agent, RemoteAgent)]
 
     def name_of(self, agent: RemoteAgent, id: str) -> str:
-        known = self._called.get((agent.url, id))
-        return known if known is not None else f"{agent.url.partition('://')[2]}:{id}"
+        named = [row for row in self._rows.get(agent.url, ()) if row.id == id]
+        for row in sorted(named, key=lambda one: one.identity != agent.identity):
+            return row.name
+        return f"{agent.url.partition('://')[2]}:{id}"
+
+    def speaks(self, agent: RemoteAgent) -> bool:
+        rows = self._rows.get(agent.url, ())
+        return any(row.identity == agent.identity for row in rows)
+
+    def mistaken(self, agent: RemoteAgent) -> list[Member]:
+        return [
+            Member(agent, row.id, row.name, _another(row, agent))
+            for row in self._rows.get(agent.url, ())
+            if agent.identity is not None and row.identity != agent.identity
+        ]
 
 
-class _Following:
-    """The changes of all agents of a directory, and what is known of each slot."""
+def _another(row: Registered, agent: RemoteAgent) -> HookError:
+    return HookError(
+        f"slot {row.name} is registered at {agent.url}, and another agent has that address: the "
+        f"one that registered it has ended, or two have one --advertise; look again"
+    )
 
-    def __init__(self, directory: RemoteDirectory) -> None:
-        self.directory = directory
-        self.follower = Follower()
-        self._known: dict[Key, tuple[Optional[dict[str, Any]], bool]] = {}
-        self._problems: dict[Key, str] = {}
-        self._initial: Optional[set[Key]] = None
-        self._looked_at = 0.0
 
-    def renew(self) -> None:
-        """Follow whoever is there now; a registry that does not answer changes nothing."""
-        if self._initial is not None and time.monotonic() - self._looked_at < LOOK_AGAIN:
-            return
-        self._looked_at = time.monotonic()
-        try:
-            if self._initial is None:
-                self._initial = {(one.agent.url, one.id) for one in self._listed()}
-            self.follower.follow(self.directory._agents())
-        except HookError:
-            self._initial = self._initial or set()
-
-    def _listed(self) -> list[Member]:
-        try:
-            return [one for one in self.directory._members() if one.failure is None]
-        except HookError:  # nobody there yet
-            return []
-
-    def changes(self, timeout: float) -> Iterator[Change]:
-        until = time.monotonic() + timeout
-        while (told := self.follower.next(until - time.monotonic())) is not None:
-            yield from self._of(*told)
-
-    def _of(self, agent: RemoteAgent, told: Told) -> Iterator[Change]:
-        if isinstance(told, HookError):
-            for key in [key for key in self._known if key[0] == agent.url]:
-                yield from self._problem(agent, key, str(told))
-            return
-        if isinstance(told, str):
-            key = agent.url, told
-            state, lived = self._known.pop(key, (None, False))
-            self._problems.pop(key, None)
-            if lived:
-                yield Change(self._slot(agent, told), state, False, False)
-            return
-        key = agent.url, told["id"]
-        if told["problem"] is not None:
-            yield from self._problem(agent, key, told["problem"])
-            return
-        self._problems.pop(key, None)
-        before, lived = self._known.get(key, (None, False))
-        state, alive = told["state"], told["owner_alive"]
-        self._known[key] = state, alive
-        initial = key in (self._initial or ())
-        (self._initial or set()).discard(key)
-        if (state is not None and state != before) or (lived and not alive):
-            yield Change(self._slot(agent, told["id"]), state or before, alive, initial)
-
-    def _problem(self, agent: RemoteAgent, key: Key, problem: str) -> Iterator[Change]:
-        state, lived = self._known.setdefault(key, (None, False))
-        if self._problems.get(key) != problem:
-            self._problems[key] = problem
-            slot = self._slot(agent, key[1])
-            yield Change(slot, state, lived, False, f"slot {slot.name}: {problem}")
-
-    def _slot(self, agent: RemoteAgent, id: str) -> RemoteSlot:
-        return RemoteSlot(agent, id, self.directory.name_of(agent, id))
+def _is_of_another_run(row: Registered, entry: Mapping[str, Any]) -> bool:
+    registered, now = row.value.get("instance"), (entry["state"] or {}).get("instance")
+    return isinstance(registered, str) and isinstance(now, str) and registered != now
 
 
 def _united(answers: Iterable[dict[str, Optional[str]]]) -> dict[str, Optional[str]]:

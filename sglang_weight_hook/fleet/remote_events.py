@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..reader import HookError
+from .identity import UNREGISTERED, Identity
 from .wire import Stop
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 SILENCE = 40.0
 PAUSE, LONGEST_PAUSE = 0.2, 5.0  # between attempts to reach an agent
 _MOST_BYTES = 4 * 1024**2  # of one event
+AGENT = "agent"  # the event that a stream of an agent begins with that registers its slots
 
 
 class Sent(NamedTuple):
@@ -58,8 +60,9 @@ def sent_events(lines: Iterable[bytes]) -> Iterator[Sent]:
             id = value
 
 
-# What `follow` tells: an entry, the id of a slot that is gone, or why nothing is known.
-Told = Union[Mapping[str, Any], str, HookError]
+# What `follow` tells: who speaks from now on, an entry, the id of a slot that is gone, or why
+# nothing is known.
+Told = Union[Identity, Mapping[str, Any], str, HookError]
 
 
 def follow(
@@ -77,9 +80,11 @@ def follow(
     while not stopped.is_set():
         try:
             with agent.events(SILENCE, until, stopped, last_id, id) as lines:
-                for sent in sent_events(lines):
+                for number, sent in enumerate(sent_events(lines)):
                     if stopped.is_set():
                         return
+                    if number == 0 and sent.name != AGENT:
+                        yield UNREGISTERED
                     pause = PAUSE
                     last_id = sent.id if sent.id is not None else last_id
                     told = _told(agent, sent)
@@ -105,12 +110,14 @@ def follow(
 
 def _told(agent: RemoteAgent, sent: Sent) -> Optional[Told]:
     """Raises Unreachable for what is no agent's."""
-    if sent.name not in ("state", "removed"):
+    if sent.name not in ("state", "removed", AGENT):
         return None  # `reset`: all slots follow; or only an id
     try:
         found = json.loads(sent.data)
     except (ValueError, RecursionError) as error:
         raise agent.garbled(f"an event is not JSON ({str(error)[:80]})") from error
+    if sent.name == AGENT:
+        return Identity.told(found)
     if sent.name == "removed":
         return str(found.get("id")) if isinstance(found, dict) else None
     return agent.checked_entry(found)

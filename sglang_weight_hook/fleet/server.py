@@ -107,7 +107,7 @@ async def _serve(
     started: Callable[[], None],
 ) -> None:
     loop = asyncio.get_running_loop()
-    feed = Feed()
+    feed = Feed(identity=None if registration is None else registration.identity)
 
     def tell(entry: Optional[Entry], id: str) -> None:
         loop.call_soon_threadsafe(feed.publish, entry, id)

@@ -47,6 +47,7 @@ def a_listing(*slots: Any, **changes: Any) -> dict[str, Any]:
         "schema_version": 1,
         "hostname": "node1",
         "boot_id": "b",
+        "agent": {"id": "a", "node": "node1"},
         "time": 1.0,
         "directories": [{"path": "/maps", "problem": None}],
         "slots": list(slots),

@@ -317,3 +317,21 @@ def test_its_metrics_are_prometheus_metrics(publish: Publish, serve: Serve) -> N
         [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("127.0.0.1", "only readers on this machine"), ("0.0.0.0", "others may not know")],
+)
+def test_an_address_that_others_may_not_reach_is_registered_with_a_warning(
+    host: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sglang_weight_hook.commands import serve as command
+    from sglang_weight_hook.fleet.server import Settings, listen
+
+    with listen(host, 0) as made:
+        url = command._own(Settings((), host), made)
+    said = capsys.readouterr().err
+    assert words in said
+    assert url in said
+    assert "--advertise" in said
