@@ -150,7 +150,8 @@ def test_two_tensors_that_come_to_one_name_are_both_accounted_for() -> None:
 def test_an_empty_model_is_captured_as_empty() -> None:
     captured = capture(nn.Module())
     assert captured.tensors == {}
-    assert moved(captured, FakeRunner(nn.Module()))  # another model
+    assert not moved(captured, FakeRunner(nn.Module()))  # another model that holds nothing
+    assert moved(captured, FakeRunner(nn.Linear(2, 2)))
     assert document.totals(captured) == {}
 
 

@@ -93,6 +93,7 @@ ELSEWHERE = {
     ("app.py", "register"),
     ("app.py", "run"),
     ("sglang_sources.py", "_parse"),  # SGLang's installation
+    ("torch_devices.py", "_stated"),  # torch's
 }
 
 

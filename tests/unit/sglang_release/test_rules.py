@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from release_trees import RUNNER, row, runner, summary, uncovered
 
+from tests.unit.sglang_release.release_trees import RUNNER, row, runner, summary, uncovered
 from tools.sglang_release.findings import BY_NAME, OVERRIDE, REQUEST, WRITER
 
 WRITES = {
