@@ -194,7 +194,7 @@ def serve(
         hosts=[*(names or ()), *_host_of(advertise)],
     )
     client = _etcd(etcd, etcd_user, etcd_password_file, etcd_ca, etcd_certificate, etcd_key)
-    made = server.listen(host, port)
+    made = server.listen(host, port, settings.limits)
     registration = None
     if client is not None:
         from ..fleet.registration import Registration
@@ -277,12 +277,12 @@ def _say(settings: Settings, made: socket.socket) -> None:
 
 
 def _own(settings: Settings, made: socket.socket) -> str:
-    """The URL that is registered where none was told; warned about where others may not reach it."""
+    """What is registered where no URL was told; warns where others may not reach it."""
     url = url_of(settings, made)
     if _is_loopback(made.getsockname()[0]):
         complain(
-            f"{url} is registered in etcd, where only readers on this machine reach it: give --host "
-            f"and --advertise"
+            f"{url} is registered in etcd, and only readers on this machine reach it: give "
+            f"--host and --advertise"
         )
     elif made.getsockname()[0] in _ANYWHERE:
         complain(

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import resource
+import socket
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..reader import HookError
+
 MAX_HEADER = 16 * 1024  # bytes of a request's line and headers
 MAX_WAITING = 16  # requests that wait for a layout to be read as a whole
+MAX_WAITING_EACH = 4  # of one client's address
 REQUEST_SECONDS = 10.0  # a request has come as a whole
 STALLED_SECONDS = 30.0  # a client has taken nothing of what it asked for
 KEEP_ALIVE_SECONDS = 30
 END_SECONDS = 5  # for what is under way when the agent is ended
+SAID_AGAIN_SECONDS = 60.0  # until the log tells again that nobody can be let in
+_FURTHER_FILES = 256  # that the agent has open beside its connections
+_FURTHER_CONNECTIONS = 32  # that are told that there are too many
+
+_log = logging.getLogger(__name__)
 
 
 class Limits(NamedTuple):
@@ -34,6 +47,84 @@ class Limits(NamedTuple):
             streams,
             max(streams // 2, usual.streams_each),
         )
+
+    @property
+    def accepted(self) -> int:
+        """Most connections that are open, those among them that are about to be refused."""
+        return 2 * (self.connections + _FURTHER_CONNECTIONS)
+
+    @property
+    def accepted_each(self) -> int:
+        return self.connections + _FURTHER_CONNECTIONS
+
+
+class Listener(socket.socket):
+    """Counts what it lets in from the first moment: a client in a TLS handshake is none to uvicorn.
+
+    Whom it does not let in finds the connection closed.
+    """
+
+    limits = Limits()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.open: Counter[str] = Counter()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        made, address = super().accept()
+        client = str(address[0])
+        total = self.open.total()
+        if total >= self.limits.accepted or self.open[client] >= self.limits.accepted_each:
+            made.close()
+            raise ConnectionAbortedError("there are too many connections")
+        self.open[client] += 1
+        return _Accepted(made, lambda: self._give(client)), address
+
+    def _give(self, client: str) -> None:
+        self.open[client] -= 1
+        if self.open[client] <= 0:
+            del self.open[client]
+
+
+class _Accepted(socket.socket):
+    def __init__(self, made: socket.socket, closed: Callable[[], None]) -> None:
+        family, kind, protocol = made.family, made.type, made.proto
+        super().__init__(family, kind, protocol, fileno=made.detach())
+        self._closed_once: Optional[Callable[[], None]] = closed
+
+    def close(self) -> None:
+        super().close()
+        closed, self._closed_once = self._closed_once, None
+        if closed is not None:
+            closed()
+
+
+def allow_files(limits: Limits) -> None:
+    """See that so many connections can be open.  Raises HookError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.accepted + _FURTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise HookError(
+            f"{limits.connections} connections need {wanted} open files, and this process may have "
+            f"{hard}; give a smaller --max-connections, or raise the limit (ulimit -n, LimitNOFILE)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class AcceptErrors:
+    """An event loop's exception handler: that files have run out is said, and not each time."""
+
+    def __init__(self) -> None:
+        self._said_at = float("-inf")
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not str(context.get("message")).startswith("socket.accept()"):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._said_at >= SAID_AGAIN_SECONDS:
+            self._said_at = time.monotonic()
+            _log.error("no connection can be let in now: %s", context.get("exception"))
 
 
 class Streams:

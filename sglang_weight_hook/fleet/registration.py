@@ -14,11 +14,12 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Optional
 
+from ..layout import process
 from .entry import Entry
-from .etcd import PREFIX, Etcd, EtcdError, LeaseGone
+from .etcd import PREFIX, Etcd, EtcdError, EtcdUnreachable, LeaseGone
 from .identity import Identity
 
 SCHEMA, SCHEMA_VERSION = "sglang-weight-slot", 1
@@ -44,6 +45,7 @@ class _Held(NamedTuple):
     lease: int
     revision: int  # 0: nothing yet
     value: bytes
+    kept: float  # when it was granted or begun anew
 
 
 class Registration:
@@ -62,6 +64,11 @@ class Registration:
         self._contested: dict[str, float] = {}  # when to look again
         self._kept_at = float("-inf")
         self._failures = 0
+        self._failed: Optional[EtcdError] = None  # of one slot, while the others went on
+        self._elsewhere: set[str] = set()  # slots of another machine, which were said
+        # Slots of which nothing is known for so many seconds: `Views.not_looked_at`.
+        self.not_looked_at: Callable[[float], Collection[str]] = lambda seconds: ()
+        self._boot_id = process.boot_id()
         self._said: Optional[str] = None
         self._wake = threading.Event()
         self._stopped = False
@@ -87,8 +94,10 @@ class Registration:
 
     def figures(self) -> dict[str, float]:
         """For the agent's metrics."""
+        since = time.monotonic() - self._ttl
+        held = list(self._held.values())
         return {
-            "registered_slots": float(sum(held.revision > 0 for held in self._held.values())),
+            "registered_slots": float(sum(one.revision > 0 and one.kept > since for one in held)),
             "registry_failures_total": float(self._failures),
             "registry_contested_slots": float(len(self._contested)),
         }
@@ -103,9 +112,13 @@ class Registration:
             self._wake.clear()
             pause = self._ttl / 3
             try:
-                self._settle()
+                self._failed = None
+                # First what is registered already: it is not to run out for what fails then.
                 if time.monotonic() >= self._kept_at + self._ttl / 3:
                     self._keep()
+                self._settle()
+                if self._failed is not None:
+                    raise self._failed
                 self._said = None
                 pause = max(self._kept_at + self._ttl / 3 - time.monotonic(), 0.0)
                 if self._contested:
@@ -124,23 +137,55 @@ class Registration:
         """Make etcd say what is true now."""
         with self._lock:
             seen = dict(self._seen)
-        live = {id: self._value(entry) for id, entry in seen.items() if _is_live(entry)}
+        unknown = self.not_looked_at(self._ttl)
+        live = {
+            id: self._value(entry)
+            for id, entry in seen.items()
+            if _is_live(entry) and id not in unknown and self._is_of_this_machine(id, entry)
+        }
         for id in list(self._held.keys() - live.keys()):
-            self._etcd.revoke(self._held[id].lease)  # and its key with it
-            del self._held[id]
+            with self._apart():
+                self._etcd.revoke(self._held[id].lease)  # and its key with it
+                del self._held[id]
         for id in list(self._contested.keys() - live.keys()):
             del self._contested[id]
         for id, value in live.items():
             held = self._held.get(id)
             if held is None or held.value != value:
-                self._put(id, value)
+                with self._apart():
+                    self._put(id, value)
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """What etcd refuses for one slot keeps no other from its turn."""
+        try:
+            yield
+        except EtcdUnreachable:
+            raise
+        except EtcdError as error:
+            self._failed = self._failed or error
+
+    def _is_of_this_machine(self, id: str, entry: Entry) -> bool:
+        """Whether its owner runs here: in a shared directory each machine's agent has its own."""
+        boot_id = entry.content["state"].get("boot_id")
+        if boot_id is None or self._boot_id is None or boot_id == self._boot_id:
+            return True
+        if id not in self._elsewhere:
+            self._elsewhere.add(id)
+            _log.warning(
+                "slot %s is of a server on another machine (or before this one was started anew), "
+                "and is not registered here",
+                id,
+            )
+        return False
 
     def _put(self, id: str, value: bytes) -> None:
         if self._contested.get(id, 0.0) > time.monotonic():
             return
         held = self._held.get(id)
         if held is None:
-            held = self._held[id] = _Held(self._etcd.grant(self._ttl), 0, b"")
+            granted_at = time.monotonic()
+            held = self._held[id] = _Held(self._etcd.grant(self._ttl), 0, b"", granted_at)
         try:
             done = self._etcd.put_if(self.key(id), value, held.lease, held.revision)
             if done is None:
@@ -154,7 +199,7 @@ class Registration:
             self._etcd.revoke(held.lease)
             return
         self._contested.pop(id, None)
-        self._held[id] = _Held(held.lease, done, value)
+        self._held[id] = held._replace(revision=done, value=value)
 
     def _put_again(self, id: str, value: bytes, held: _Held) -> Optional[int]:
         """The key is another one than was thought; its new revision, None if it is not ours."""
@@ -165,8 +210,9 @@ class Registration:
             return self._etcd.put_if(self.key(id), value, held.lease, found.revision)
         if id not in self._contested:
             _log.warning(
-                "slot %s is registered by another agent as %s; waiting until that one's lease ends "
-                "(on purpose? give each agent a --node of its own)",
+                "slot %s is registered by another agent as %s, perhaps this agent's last run; "
+                "waiting until that one's lease ends (two on purpose? give each agent a --node of "
+                "its own)",
                 id,
                 self.key(id),
             )
@@ -179,18 +225,24 @@ class Registration:
         for id, held in list(self._held.items()):
             try:
                 self._etcd.keep_alive(held.lease)
+                self._held[id] = held._replace(kept=kept_at)
             except LeaseGone:
                 del self._held[id]
                 self._wake.set()
-        there = {
-            one.key: one.revision
-            for one in self._etcd.under(f"{PREFIX}{self.node}/", keys_only=True)[0]
-        }
-        for id, held in list(self._held.items()):
-            if there.get(self.key(id)) != held.revision:
-                self._held[id] = held._replace(value=b"")  # put it again
-                self._wake.set()
+            except EtcdUnreachable:
+                raise
+            except EtcdError as error:
+                self._failed = error
         self._kept_at = kept_at
+        with self._apart():
+            there = {
+                one.key: one.revision
+                for one in self._etcd.under(f"{PREFIX}{self.node}/", keys_only=True)[0]
+            }
+            for id, held in list(self._held.items()):
+                if there.get(self.key(id)) != held.revision:
+                    self._held[id] = held._replace(value=b"")  # put it again
+                    self._wake.set()
 
     def _withdraw_all(self) -> None:
         with contextlib.suppress(EtcdError):

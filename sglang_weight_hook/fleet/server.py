@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
@@ -18,7 +19,17 @@ from .application import Agent, Presentation
 from .entry import Entry
 from .feed import Feed
 from .guard import Guard
-from .limits import END_SECONDS, KEEP_ALIVE_SECONDS, MAX_HEADER, LimitedProtocol, Limits
+from .limits import (
+    END_SECONDS,
+    KEEP_ALIVE_SECONDS,
+    MAX_HEADER,
+    REQUEST_SECONDS,
+    AcceptErrors,
+    LimitedProtocol,
+    Limits,
+    Listener,
+    allow_files,
+)
 from .registration import Registration
 from .view import Views
 
@@ -44,13 +55,14 @@ class Settings(NamedTuple):
     hosts: Collection[str] = ()  # further names under which it may be asked for
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, limits: Limits = Limits()) -> socket.socket:  # noqa: B008
     """A socket there.  Raises HookError."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        made = socket.socket(family, kind, protocol)
+        made = Listener(family, kind, protocol)
+        made.limits = limits
     except OSError as error:
         raise HookError(f"{host}:{port} cannot be listened on ({error.strerror})") from error
     try:
@@ -73,6 +85,15 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._feed = feed
 
+    async def startup(self, sockets: Optional[list[socket.socket]] = None) -> None:
+        """uvicorn has no option for how long a TLS handshake may take, and asyncio's is 60 s."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(AcceptErrors())
+        if self.config.ssl is not None:
+            bounded = functools.partial(loop.create_server, ssl_handshake_timeout=REQUEST_SECONDS)
+            loop.create_server = bounded  # type: ignore[method-assign]
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: Optional[list[socket.socket]] = None) -> None:
         self._feed.close()
         # What is cut off now is no error.
@@ -93,6 +114,7 @@ def run(
     started: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.  ``started`` is called when requests are answered."""
+    allow_files(settings.limits)
     # Before uvicorn has its own handlers: an early signal is an end, not a traceback.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end_at_once)
@@ -115,6 +137,7 @@ async def _serve(
     views = Views(settings.directories, [tell])
     if registration is not None:
         views.told.insert(0, registration.told)
+        registration.not_looked_at = views.not_looked_at
     agent = Agent(
         views,
         feed,

@@ -10,10 +10,11 @@ from typing import Optional
 
 from ..reader import Change, Directory, HookError
 from ..reader.directory import slot_order
-from .entry import Entry, entry_of
+from .entry import Entry, encoded, entry_of
 
 # Each so many seconds a directory is looked at as a whole, for files that have been removed.
 ROUND = 5.0
+PAUSE = 1.0  # seconds after a look that has failed
 
 # What is told of each change: the entry, or the id of a slot whose files are gone.
 Told = Callable[[Optional[Entry], str], None]
@@ -29,6 +30,7 @@ class DirectoryView:
         self.problem: Optional[str] = None  # why the directory's slots are not known
         self.entries: dict[str, Entry] = {}  # by the slot's name; replaced, never changed
         self.looked = threading.Event()  # the first look is over
+        self.looked_at = time.monotonic()  # when it was last seen what there is
         self._found: set[str] = set()
         self._id_of = id_of
         self._told = told
@@ -45,7 +47,10 @@ class DirectoryView:
     def _follow(self) -> None:
         while not self._stopped.is_set():
             try:
-                self._sweep()
+                if not self._sweep():
+                    self.looked.set()
+                    self._stopped.wait(PAUSE)
+                    continue
                 for change in self.directory.events(ROUND):
                     if self._stopped.is_set():
                         return
@@ -69,14 +74,21 @@ class DirectoryView:
         if self.entries.keys() >= self._found:
             self.looked.set()
 
-    def _sweep(self) -> None:
-        """Look at all that is there: what is new, what has gone, whether it can be read."""
+    def _sweep(self) -> bool:
+        """Look at all that is there: what is new, what has gone, whether it can be read.
+
+        False where that is not known: then what was there is still listed, with the problem.
+        """
         try:
             names = {slot.name for slot in self.directory.slots()}
             self.problem = None
-        except HookError as error:
-            names = set()
+        except (HookError, OSError) as error:
             self.problem = str(error)
+            if not isinstance(error.__cause__, FileNotFoundError):
+                self._doubt(str(error))
+                return False
+            names = set()
+        self.looked_at = time.monotonic()
         self._found = names
         if not names:
             self.looked.set()
@@ -86,6 +98,16 @@ class DirectoryView:
             self.entries = {name: one for name, one in before.items() if name not in gone}
             for name in sorted(gone):
                 self._told(None, before[name].id)
+        return True
+
+    def _doubt(self, problem: str) -> None:
+        """Nobody knows now what is so: neither that a slot is gone, nor that it lives on."""
+        for name, before in list(self.entries.items()):
+            if before.content["problem"] != problem:
+                content = {**before.content, "problem": problem}
+                found = before._replace(content=content, encoded=encoded(content))
+                self.entries = {**self.entries, name: found}
+                self._told(found, found.id)
 
 
 def _is_known(change: Change, before: Entry) -> bool:
@@ -127,6 +149,16 @@ class Views:
             entries = view.entries  # as they are now; the thread replaces them
             found += [entries[name] for name in sorted(entries, key=slot_order)]
         return found
+
+    def not_looked_at(self, seconds: float) -> set[str]:
+        """The slots of directories that nobody could look at for so long: one hangs, perhaps."""
+        since = time.monotonic() - max(seconds, 2 * ROUND + PAUSE)
+        return {
+            entry.id
+            for view in self.directories
+            if view.looked_at < since
+            for entry in list(view.entries.values())
+        }
 
     def entry(self, id: str) -> Optional[Entry]:
         for view in self.directories:
