@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Optional
 
 from ..reader import Change, HookError
@@ -28,28 +28,61 @@ class Following:
         self._kept_back: dict[Key, tuple[RemoteAgent, Told]] = {}  # of who is not registered (yet)
         # By URL, names of slots at whose registered address another agent is.
         self._mistaken: dict[str, frozenset[str]] = {}
+        self._followed: dict[str, RemoteAgent] = {}
+        self._is_registry_silent = False
         self._initial: Optional[set[Key]] = None
         self._looked_at = 0.0
 
     def renew(self) -> Iterator[Change]:
-        """Follow whoever is there now; a registry that does not answer changes nothing."""
+        """Follow whoever is there now; what is told of those who are not any more.
+
+        Where a registry does not answer, whoever is followed is followed on.
+        """
         if self._initial is not None and time.monotonic() - self._looked_at < LOOK_AGAIN:
             return
         self._looked_at = time.monotonic()
         try:
             if self._initial is None:
                 self._initial = {(one.agent.url, one.id) for one in self._listed()}
+            yield from self.changes(0.0)  # who goes may have said what became of its slots
             agents = self.directory._agents()
-        except HookError:
+        except HookError as error:
             self._initial = self._initial or set()
+            if not self._is_registry_silent:
+                self._is_registry_silent = True
+                yield from self._doubted(self._followed.values(), str(error))
             return
+        self._is_registry_silent = False
+        here = {agent.url: agent for agent in agents}
+        left = [agent for url, agent in self._followed.items() if url not in here]
         self.follower.follow(agents)
+        self._followed = here
+        yield from self._doubted(
+            left, "its agent is no longer registered, so nothing is known of it"
+        )
+        for agent in left:
+            self._forget(agent)
         for agent in agents:
             yield from self._who_is_mistaken(agent)
         for key, (agent, told) in list(self._kept_back.items()):
             if self.directory.speaks(agent):
                 del self._kept_back[key]
                 yield from self._of(agent, told)
+
+    def _doubted(self, agents: Iterable[RemoteAgent], problem: str) -> Iterator[Change]:
+        """Each slot of the agents that lived when something was last known of it."""
+        for agent in agents:
+            for key, (_, lived) in list(self._known.items()):
+                if key[0] == agent.url and lived:
+                    yield from self._problem(agent, key, problem)
+
+    def _forget(self, agent: RemoteAgent) -> None:
+        """So that all is told again if it comes back."""
+        everything: tuple[dict[Key, Any], ...] = (self._known, self._problems, self._kept_back)
+        for kept in everything:
+            for key in [key for key in kept if key[0] == agent.url]:
+                kept.pop(key)
+        self._mistaken.pop(agent.url, None)
 
     def _listed(self) -> list[Member]:
         try:
@@ -63,6 +96,8 @@ class Following:
             yield from self._of(*told)
 
     def _of(self, agent: RemoteAgent, told: Told) -> Iterator[Change]:
+        if agent.url not in self._followed:
+            return
         if isinstance(told, HookError):
             for key in [key for key in self._known if key[0] == agent.url]:
                 yield from self._problem(agent, key, str(told))

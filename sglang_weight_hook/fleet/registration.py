@@ -234,6 +234,8 @@ class Registration:
             except EtcdError as error:
                 self._failed = error
         self._kept_at = kept_at
+        if not self._held:
+            return
         with self._apart():
             there = {
                 one.key: one.revision

@@ -167,6 +167,7 @@ class RegistryDirectory(RemoteDirectory):
         self._access = access
         self._by_url: dict[str, RemoteAgent] = {}
         self._rows: dict[str, list[Registered]] = {}  # by the agent's URL
+        self._called: dict[tuple[str, str], str] = {}  # what has left the registry, too
 
     def slot(self, name: str) -> Slot:
         for one in self._members():
@@ -226,6 +227,7 @@ class RegistryDirectory(RemoteDirectory):
             at = found.get(row.url or "")
             if isinstance(at, RemoteAgent):
                 by_agent.setdefault(at.url, []).append(row)
+                self._called[at.url, row.id] = row.name
         self._rows = by_agent
         return found
 
@@ -237,7 +239,8 @@ class RegistryDirectory(RemoteDirectory):
         named = [row for row in self._rows.get(agent.url, ()) if row.id == id]
         for row in sorted(named, key=lambda one: one.identity != agent.identity):
             return row.name
-        return f"{agent.url.partition('://')[2]}:{id}"
+        known = self._called.get((agent.url, id))
+        return known if known is not None else f"{agent.url.partition('://')[2]}:{id}"
 
     def speaks(self, agent: RemoteAgent) -> bool:
         rows = self._rows.get(agent.url, ())

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import http.client
 import io
+import ipaddress
 import socket
 import threading
 import time
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 3.0  # seconds
 _IDLE_AFTER = 30.0  # seconds after which a connection is no longer trusted to be open
 _PIECE = 256 * 1024
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 class Answer(NamedTuple):
@@ -178,7 +178,11 @@ class Peer:
 
     @property
     def is_loopback(self) -> bool:
-        return self.host.startswith(_LOOPBACK)
+        """Whether no name server has a say in where that is."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
 
     def ask(
         self,
@@ -230,8 +234,12 @@ class Peer:
         connection.clock.deadline = time.monotonic() + timeout
         try:
             with self._reaching(timeout):
-                response = _send(connection, path, {**headers, "Accept-Encoding": "identity"}, None)
+                connection.connect()
+            # Now, for `http.client` forgets the socket of an answer that ends with it.
             with stop.ends(connection.sock):
+                with self._reaching(timeout):
+                    given = {**headers, "Accept-Encoding": "identity"}
+                    response = _send(connection, path, given, None)
                 yield response.status, self._lines(response, connection.clock, silence, until)
         finally:
             connection.close()

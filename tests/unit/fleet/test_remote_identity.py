@@ -11,7 +11,7 @@ import pytest
 from hostile_server import Reply, Server, a_listing, an_entry
 
 from sglang_weight_hook import Change, HookError
-from sglang_weight_hook.fleet import registry_reading
+from sglang_weight_hook.fleet import following, registry_reading, remote_directory
 from sglang_weight_hook.fleet.access import Access
 from sglang_weight_hook.fleet.feed import Feed
 from sglang_weight_hook.fleet.identity import Identity
@@ -124,3 +124,29 @@ def test_a_stream_begins_with_who_speaks() -> None:
 def test_what_a_row_is_registered_by_is_not_believed_to_be_well_made() -> None:
     row = registry_reading.Registered("n", "0", "http://a", None, {"agent": []})
     assert row.identity == Identity("", "")
+
+
+@pytest.mark.parametrize("whole_registry", [False, True])
+def test_while_watching_it_is_told_that_nothing_more_is_known(
+    server: Server, whole_registry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "LOOK_AGAIN", 0.1)
+    monkeypatch.setattr(remote_directory, "LOOK_AGAIN", 0.1)
+    server.said["/events"] = a_stream(
+        sent("agent", {"id": "a", "node": "node1"}), sent("state", an_entry())
+    )
+    fleet, registry = fleet_of(a_row(server.url))
+    changes = fleet.events(5.0)
+    assert next(changes).problem is None
+    if whole_registry:
+        registry.failure = HookError("the registry cannot be read: as told")
+    else:
+        registry.rows = []
+    change = next(changes)
+    words = "the registry cannot be read" if whole_registry else "no longer registered"
+    assert change.slot.name == "node1:0"
+    assert words in str(change.problem)
+    if not whole_registry:  # and all is told again when it is back
+        registry.rows = [a_row(server.url)]
+        assert next(changes).problem is None
+    changes.close()  # type: ignore[attr-defined]
