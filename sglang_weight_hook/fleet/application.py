@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -27,7 +27,7 @@ from . import metrics, openapi
 from .entry import Entry, checked_at, encoded, etag_of, etag_of_file, file_id
 from .feed import Feed
 from .guard import HEALTH
-from .limits import MAX_WAITING, Limits, Streams
+from .limits import MAX_WAITING, MAX_WAITING_EACH, Limits, Streams
 from .occupied import Occupied
 from .representation import answer, failure, file_answer, is_known
 from .view import Views
@@ -76,7 +76,7 @@ class Agent:
         self._registration = registration
         self._occupied = Occupied()
         self._whole = asyncio.Semaphore(1)  # layouts that are read as a whole, one at a time
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()  # by the client's address
         self._hostname, self._boot_id = socket.gethostname(), process.boot_id()
 
     def application(self) -> Starlette:
@@ -284,17 +284,27 @@ class Agent:
         return entry
 
     async def _heavy(self, request: Request, work: Callable[..., bytes], *arguments: Any) -> bytes:
-        """Work that takes memory and time: one at a time, and few may wait."""
-        if self._waiting >= MAX_WAITING:
+        """Work that takes memory and time: one at a time, and few may wait, fewer of one client."""
+        client = request.client.host if request.client else ""
+        if self._waiting.total() >= MAX_WAITING:
             raise Refused(429, "the agent is busy; ask again later", **{"retry-after": "5"})
-        self._waiting += 1
+        if self._waiting[client] >= MAX_WAITING_EACH:
+            raise Refused(
+                429,
+                f"{MAX_WAITING_EACH} requests of your address wait already; ask again when they "
+                f"are answered",
+                **{"retry-after": "5"},
+            )
+        self._waiting[client] += 1
         try:
             async with self._whole:
                 if self.feed.is_closed or await request.is_disconnected():
                     raise Refused(503, "the agent is ending, or nobody waits for this any more")
                 return await anyio.to_thread.run_sync(work, *arguments)
         finally:
-            self._waiting -= 1
+            self._waiting[client] -= 1
+            if self._waiting[client] <= 0:
+                del self._waiting[client]
 
 
 class _StreamOfEvents(StreamingResponse):
@@ -316,7 +326,16 @@ class _StreamOfEvents(StreamingResponse):
 def _published(request: Request, entry: Entry, name: str, limit: int) -> Response:
     """A published file's own bytes."""
     path = entry.slot.path(name)
-    descriptor = open_regular(path, limit=limit)
+    try:
+        descriptor = open_regular(path, limit=limit)
+    except HookError as error:
+        if name == files.TRANSPORT and isinstance(error.__cause__, PermissionError):
+            raise HookError(
+                f"{os.path.basename(path)} is for its server's user alone (mode 0600), and this "
+                f"agent runs as user {os.geteuid()}; run an agent as the server's user, or the "
+                f"transfer on the server's host"
+            ) from error
+        raise
     if descriptor is None:
         raise Refused(404, f"slot {entry.id} has no {os.path.basename(path)} now")
     try:

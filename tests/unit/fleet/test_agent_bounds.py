@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import uvicorn
 
+from sglang_weight_hook.fleet import application
 from sglang_weight_hook.fleet import limits as module
 from sglang_weight_hook.fleet import view as view_module
+from sglang_weight_hook.fleet.application import Agent as Application
+from sglang_weight_hook.fleet.application import Presentation, Refused
 from sglang_weight_hook.fleet.entry import Entry
 from sglang_weight_hook.fleet.feed import Feed
 from sglang_weight_hook.fleet.limits import AcceptErrors, Limits, allow_files
 from sglang_weight_hook.fleet.server import listen
 from sglang_weight_hook.fleet.view import Views
+from sglang_weight_hook.layout import files
 from sglang_weight_hook.reader import Directory, HookError, Slot
 
 
@@ -125,3 +129,42 @@ def test_a_tls_handshake_has_as_long_as_a_request(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("uvicorn.Server.startup", startup)
     asyncio.run(start())
     assert given["ssl_handshake_timeout"] == module.REQUEST_SECONDS
+
+
+def test_one_client_has_a_share_of_the_places_in_which_to_wait() -> None:
+    async def ask() -> None:
+        agent = Application(Views([]), Feed(), Presentation(*[lambda *_: b""] * 3))  # type: ignore
+        await agent._whole.acquire()
+
+        async def asking(host: str) -> bytes:
+            request: Any = SimpleNamespace(client=SimpleNamespace(host=host))
+            request.is_disconnected = lambda: asyncio.sleep(0, False)
+            return await agent._heavy(request, lambda: b"done")
+
+        waiting = [asyncio.ensure_future(asking("one")) for _ in range(module.MAX_WAITING_EACH)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="of your address"):
+            await asking("one")
+        waiting.append(asyncio.ensure_future(asking("another")))
+        await asyncio.sleep(0)
+        agent._whole.release()
+        assert await asyncio.gather(*waiting) == [b"done"] * len(waiting)
+        assert not agent._waiting
+
+    asyncio.run(ask())
+
+
+def test_a_transport_that_is_another_users_is_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def closed(path: str, limit: int) -> None:
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        except OSError as error:
+            raise HookError(f"{path} cannot be read") from error
+
+    monkeypatch.setattr(application, "open_regular", closed)
+    with pytest.raises(HookError, match=r"mode 0600.*run an agent as the server's user"):
+        application._published(None, an_entry(), files.TRANSPORT, 1)  # type: ignore[arg-type]
+    with pytest.raises(HookError, match="cannot be read"):
+        application._published(None, an_entry(), files.STATE, 1)  # type: ignore[arg-type]
