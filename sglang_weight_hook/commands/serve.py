@@ -264,9 +264,24 @@ def _etcd(
     if key is not None and certificate is None:
         raise Misused("--etcd-key needs --etcd-cert")
     password = None if password_file is None else _secret(password_file)
+    in_clear = [url for url in endpoints if not _is_private(url)]
+    if user is not None and in_clear:
+        complain(
+            f"etcd's password goes to {in_clear[0]} without TLS, where everybody on the way can "
+            f"read it; give https://"
+        )
     wants_tls = any(url.lower().startswith("https:") for url in endpoints)
     context = tls_context(ca, certificate, key) if wants_tls else None
     return Etcd(endpoints, user, password, context)
+
+
+def _is_private(url: str) -> bool:
+    """Whether nobody else reads what goes there: TLS, or this machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # is refused then
+        return True
+    return parts.scheme != "http" or _is_loopback(parts.hostname or "")
 
 
 def _say(settings: Settings, made: socket.socket) -> None:

@@ -157,6 +157,41 @@ def test_manifests_run_the_agent_as_nobody_and_read_only() -> None:
         assert pod.get("shareProcessNamespace") or pod.get("hostPID")
 
 
+def test_who_registers_with_a_token_speaks_tls_for_readers_send_it_to_nobody_else() -> None:
+    registering = []
+    for name, _, container in agents():
+        args = dict(one.partition("=")[::2] for one in container["args"])
+        if "--etcd" not in args:
+            continue
+        registering.append(name)
+        assert args["--advertise"].startswith("https://")
+        assert args["--etcd"].startswith("https://")
+        for file in ("--ssl-certfile", "--ssl-keyfile", "--etcd-ca"):
+            folder = args[file].rpartition("/")[0]
+            assert folder in [mount["mountPath"] for mount in container["volumeMounts"]]
+        assert container["livenessProbe"]["httpGet"]["scheme"] == "HTTPS"
+    assert registering == ["daemonset.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("url", "is_warned"),
+    [
+        ("http://etcd.example:2379", True),
+        ("http://127.0.0.1:2379", False),
+        ("http://localhost:2379", False),
+        ("https://etcd.example:2379", False),
+    ],
+)
+def test_a_password_that_goes_to_etcd_in_clear_is_warned_about(
+    url: str, is_warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "password").write_text("password-of-agent")
+    serve_module._etcd([url], "agent", str(tmp_path / "password"), None, None, None)
+    said = capsys.readouterr().err
+    assert ("without TLS" in said) is is_warned
+    assert "password-of-agent" not in said
+
+
 def test_no_secret_lies_in_a_file() -> None:
     for path in DEPLOY.rglob("*"):
         if path.is_file():
