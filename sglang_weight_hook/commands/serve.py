@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 
 import typer
 
+from ..layout import location
+from ..layout.location import without_user
 from ..reader import Directory, Document, HookError
 from ..reader.files import read_bytes
 from .app import Misused, command
 from .directories import directories_of
-from .options import DirsOption
 from .render.text import complain
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ PORT = 7411
 _SHORTEST_TOKEN = 16
 _ANYWHERE = ("0.0.0.0", "::")
 
+_Dirs = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--dir",
+        metavar="DIR",
+        help="A server's output directory on this machine, or a pattern such as '/shared/maps/*', "
+        f"filled in once; repeatable.  [default: ${location.DIRECTORY}, else "
+        f"./{location.DEFAULT_DIRECTORY}]",
+    ),
+]
 _Host = Annotated[
     str,
     typer.Option(
@@ -155,7 +166,7 @@ _Ttl = Annotated[
     "sglang-weight-hook serve --host 0.0.0.0 --token-file /run/agent/token",
 )
 def serve(
-    directories: DirsOption = None,
+    directories: _Dirs = None,
     host: _Host = "127.0.0.1",
     port: _Port = PORT,
     token_file: _TokenFile = None,
@@ -215,7 +226,9 @@ def _host_of(advertise: Optional[str]) -> list[str]:
             return [parts.hostname]
     except ValueError:
         pass
-    raise Misused(f"--advertise {advertise} is no URL of an agent; give https://node:7411")
+    raise Misused(
+        f"--advertise {without_user(advertise)} is no URL of an agent; give https://node:7411"
+    )
 
 
 def _server() -> Any:
@@ -267,8 +280,8 @@ def _etcd(
     in_clear = [url for url in endpoints if not _is_private(url)]
     if user is not None and in_clear:
         complain(
-            f"etcd's password goes to {in_clear[0]} without TLS, where everybody on the way can "
-            f"read it; give https://"
+            f"etcd's password goes to {without_user(in_clear[0])} without TLS, where everybody "
+            f"on the way can read it; give https://"
         )
     wants_tls = any(url.lower().startswith("https:") for url in endpoints)
     context = tls_context(ca, certificate, key) if wants_tls else None

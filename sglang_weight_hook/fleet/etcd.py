@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, Optional
 from urllib.parse import urlsplit
 
+from ..layout.location import without_user
 from ..reader import HookError
 
 PREFIX = "/sglang-weight-hook/v1/"
@@ -301,11 +302,13 @@ class _Endpoint(NamedTuple):
             parts = urlsplit(url)
             port = parts.port or DEFAULT_PORT
         except ValueError as error:
-            raise EtcdError(f"{url!r} is no endpoint of etcd ({error})") from None
+            shown = without_user(url)
+            why = f" ({error})" if shown == url else ""  # which may tell a part of a password
+            raise EtcdError(f"{shown!r} is no endpoint of etcd{why}") from None
         if parts.username or parts.password:
             raise EtcdError("an endpoint of etcd has no user in it; give user and password apart")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EtcdError(f"{url!r} is no endpoint of etcd; give http://host:2379")
+            raise EtcdError(f"{without_user(url)!r} is no endpoint of etcd; give http://host:2379")
         return cls(parts.scheme == "https", parts.hostname, port)
 
     def connect(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
+from ..layout.location import without_user
 from ..reader import Directory, HookError
-from .access import access_from_environment
+from .access import ETCD_USER, TOKEN, access_from_environment
 from .registry_reading import Registry
 from .remote_agent import RemoteAgent
 from .remote_directory import AgentDirectory, RegistryDirectory
@@ -15,14 +16,20 @@ _REGISTRIES = {"etcd": "http", "etcds": "https"}
 
 
 def open_url(url: str) -> Directory:
-    """``https://node:8770``, ``http://…``, or ``etcd://host:2379,host2:2379`` (``etcds``: TLS).
+    """``https://node:7411``, ``http://…``, or ``etcd://host:2379,host2:2379`` (``etcds``: TLS).
 
+    An agent's URL without a port means 443 (``http``: 80), a registry's 2379.
     Asks nobody yet.  Token and certificates come from the environment: `access`.
     Raises HookError.
     """
     access = access_from_environment()
     scheme, _, rest = url.partition("://")
     scheme = scheme.lower()
+    if "@" in rest:
+        raise HookError(
+            f"{without_user(url)} has a user in it, which every user of this machine can read; "
+            f"give {scheme}://HOST:PORT, and {TOKEN} or {ETCD_USER} in the environment"
+        )
     if scheme not in _REGISTRIES:
         return AgentDirectory(f"{scheme}://{rest}", access)
     hosts = [host for host in rest.rstrip("/").split(",") if host]

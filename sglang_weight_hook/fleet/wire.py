@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 from urllib.parse import urlsplit
 
+from ..layout.location import without_user
 from ..reader import HookError, Unreachable
 
 if TYPE_CHECKING:
@@ -152,7 +153,9 @@ class Peer:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as error:
-            raise HookError(f"{url!r} is no address ({error}); give https://HOST:PORT") from None
+            shown = without_user(url)
+            why = f" ({error})" if shown == url else ""  # which may tell a part of a password
+            raise HookError(f"{shown!r} is no address{why}; give https://HOST:PORT") from None
         if (
             parts.scheme not in ("http", "https")
             or not parts.hostname
@@ -163,8 +166,8 @@ class Peer:
             or any(ord(letter) < 33 or ord(letter) > 126 for letter in url)
         ):
             raise HookError(
-                f"{url!r} is no address of an agent; give https://HOST:PORT and nothing else (a "
-                f"token comes from the environment)"
+                f"{without_user(url)!r} is no address of an agent; give https://HOST:PORT and "
+                f"nothing else (a token comes from the environment)"
             )
         self.host = parts.hostname
         self.is_encrypted = parts.scheme == "https"

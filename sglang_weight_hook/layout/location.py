@@ -17,11 +17,21 @@ URL_SCHEMES = ("http", "https", "etcd", "etcds")
 def is_url(value: str) -> bool:
     """Whether ``value`` is no path but the address of a node agent or of a registry.
 
-    >>> is_url("https://node1:8770"), is_url("etcd://a:2379,b:2379"), is_url("maps/http")
+    >>> is_url("https://node1:7411"), is_url("etcd://a:2379,b:2379"), is_url("maps/http")
     (True, True, False)
     """
     scheme, mark, _ = value.partition("://")
     return bool(mark) and scheme.lower() in URL_SCHEMES
+
+
+def without_user(url: str) -> str:
+    """A URL to show: user and password, which belong in no URL here, are left out.
+
+    >>> without_user("https://me:secret@node1:7411"), without_user("etcd://a:2379")
+    ('https://...@node1:7411', 'etcd://a:2379')
+    """
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}://...@{rest.rpartition('@')[2]}" if mark and "@" in rest else url
 
 
 def directory_from(value: Optional[str], base: str) -> str:

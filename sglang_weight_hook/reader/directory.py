@@ -143,7 +143,7 @@ class Directory:
 def open_directory(path: Optional[str] = None) -> Directory:
     """The directory ``path``, else that of ``SGLANG_WEIGHT_HOOK_DIR``, else the default.
 
-    Also the URL of a node agent (``https://node:8770``, ``http://…``) or of a registry of many
+    Also the URL of a node agent (``https://node:7411``, ``http://…``) or of a registry of many
     (``etcd://host:2379,host2:2379``, ``etcds://…`` with TLS): see docs/fleet.md.  What cannot be
     done from afar raises HookError, an agent that does not answer `Unreachable`.
     """

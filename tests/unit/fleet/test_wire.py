@@ -7,7 +7,9 @@ import threading
 import pytest
 from hostile_server import Reply, Server
 
+from sglang_weight_hook import HookError, open_directory
 from sglang_weight_hook.fleet.access import Access, TokenInClear
+from sglang_weight_hook.fleet.etcd import Etcd
 from sglang_weight_hook.fleet.remote_agent import RemoteAgent
 from sglang_weight_hook.fleet.wire import Peer, Stop
 
@@ -55,3 +57,30 @@ def test_a_stream_that_ends_with_its_connection_is_ended_from_another_thread() -
             ending.join()
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:secret-of-mine@node:7411",
+        "https://me:a#secret-of-mine@node",
+        "etcd://me:secret-of-mine,more@node:2379,other",
+    ],
+)
+def test_what_is_secret_in_a_url_is_not_printed_back(url: str) -> None:
+    for asked in (open_directory, lambda url: Peer(url, Access()), lambda url: Etcd([url])):
+        with pytest.raises(HookError) as caught:
+            asked(url)
+        assert "secret" not in str(caught.value)
+
+
+def test_serve_prints_no_secret_of_a_url_back(capsys: pytest.CaptureFixture[str]) -> None:
+    serve = pytest.importorskip("sglang_weight_hook.commands.serve")
+    with pytest.raises(serve.Misused) as caught:
+        serve._host_of("https://me:secret-of-mine@node:7411")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(HookError):
+        serve._etcd(["http://me:secret-of-mine@node:1"], "u", __file__, None, None, None)
+    assert "secret" not in capsys.readouterr().err
+    (option,) = serve._Dirs.__metadata__
+    assert "://" not in option.help
