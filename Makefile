@@ -8,15 +8,15 @@ JOBS ?= 2
 # How long fuzz-c runs.
 SECONDS ?= 170
 
-.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-truth test-gpu stress fuzz-c lint pre-commit bench tools clean
+.PHONY: help demo test test-unit test-install test-stress test-real test-matrix test-truth test-transfer test-gpu stress fuzz-c lint pre-commit bench tools clean
 
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: ## a real SGLang on this CPU, hooked: install, launch, read the map, update, uninstall
 	@$(PYTHON) -m demo
 
-test: lint test-unit test-install test-stress test-real ## everything CI runs (some 15 minutes; the first run installs SGLang)
+test: lint test-unit test-install test-stress test-real ## everything CI runs (some 35 minutes on two cores; the first run installs SGLang)
 
 test-unit: tools ## the parts, with real tensors and real processes
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/unit tests/compatibility
@@ -28,13 +28,16 @@ test-stress: tools ## faults, kills and untrusted documents, in the short form
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/stress
 
 test-real: tools ## real SGLang servers on the CPU
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests/real_sglang -m "not matrix and not truth"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests/real_sglang -m "not matrix and not truth and not transfer"
 
 test-matrix: tools ## a real server of every SGLang line (some 25 minutes); writes docs/sglang-support.table.md
 	MATRIX_TABLE=docs/sglang-support.table.md $(BIN)/python -m pytest -q -s tests/real_sglang/test_matrix.py
 
 test-truth: tools ## maps against the bytes themselves, row by row (some 25 minutes); writes docs/truth-matrix.md
 	TRUTH_TABLE=docs/truth-matrix.md $(BIN)/python -m pytest -q -s tests/real_sglang/truth tests/real_sglang/diffusion tests/real_sglang/programs
+
+test-transfer: tools ## real servers with a subscriber, Mooncake and NIXL; two ranks, two network namespaces (some 6 minutes)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m transfer tests/real_sglang
 
 test-gpu: tools ## on a machine with a CUDA device and SGLang
 	$(BIN)/python -m pytest -q -m gpu tests/gpu

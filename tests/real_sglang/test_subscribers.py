@@ -15,7 +15,7 @@ import sglang_weight_hook as hook
 from cpu_sglang.environment import Environment
 from tests.real_sglang.hooked import HookedServer, make_venv, pid_of, run_client
 
-pytestmark = [pytest.mark.real_sglang, pytest.mark.registry]
+pytestmark = [pytest.mark.real_sglang, pytest.mark.registry, pytest.mark.transfer]
 
 ROOT = Path(__file__).resolve().parents[2]
 

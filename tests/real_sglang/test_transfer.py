@@ -28,7 +28,7 @@ from tests.real_sglang.hooked import HookedServer, make_venv, pid_of, run_client
 from tests.real_sglang.network import HERE, NoNamespaces, second_namespace
 from tests.real_sglang.truth.sglang_answers import checksum
 
-pytestmark = pytest.mark.real_sglang
+pytestmark = [pytest.mark.real_sglang, pytest.mark.transfer]
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "nixl-cu12==1.5.1")
