@@ -1,12 +1,14 @@
 """What the engines in this process need of its slots, and the transport documents that they fill.
 
-Called from the subscribers' threads, which may be late, and from the recorder: a lock of its own
-guards what is here, and is held only while a document is written.
+Called from the subscribers' threads, which may be late, and from the recorder, which waits for
+nothing here: it may be the garbage collector that calls it, in a thread that is writing a document.
+So the lock is the subscribers' alone, and who writes looks afterwards whether the slot was left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -18,44 +20,47 @@ from . import capture, publish
 from .header import MemoryHeader
 from .tracked import Tracked
 
-_lock = threading.Lock()
-_places: dict[str, Tracked] = {}  # by slot
-_entries: dict[str, dict[str, Mapping[str, Any]]] = {}  # slot -> engine -> its part
+
+class _Place:
+    """A slot that can be registered."""
+
+    def __init__(self, tracked: Tracked) -> None:
+        self.tracked = tracked
+        self.entries: dict[str, Mapping[str, Any]] = {}  # by engine: its part of the document
+
+
+_writing = threading.Lock()  # among the subscribers' threads; the recorder never takes it
+_places: dict[str, _Place] = {}  # by slot; each access is one operation of the dict
 
 
 def enter(tracked: Tracked) -> None:
     """The slot is published: it can be registered.  Under the recorder's mutex."""
-    slot = tracked.slot.name
-    with _lock:
-        if _places.get(slot) is tracked:
-            return
-        _places[slot] = tracked
-        _entries.pop(slot, None)
+    place = _places.get(tracked.slot.name)
+    if place is not None and place.tracked is tracked:
+        return
     if tracked.memory_header is None:
         tracked.memory_header = MemoryHeader()
+    _places[tracked.slot.name] = _Place(tracked)
 
 
 def leave(slot: str) -> None:
-    """The slot is not published any more, and neither is how it is reached."""
-    with _lock:
-        tracked = _places.pop(slot, None)
-        _entries.pop(slot, None)
-        if tracked is not None:
-            with contextlib.suppress(OSError):
-                tracked.slot.remove(files.TRANSPORT)
+    """The slot is not published any more, and neither is how it is reached.  Waits for nothing."""
+    place = _places.pop(slot, None)
+    if place is not None:
+        with contextlib.suppress(OSError):
+            place.tracked.slot.remove(files.TRANSPORT)
 
 
 def abandon() -> None:
     """In a forked child: everything here is its parent's."""
-    global _lock
-    _lock = threading.Lock()
+    global _writing
+    _writing = threading.Lock()
     _places.clear()
-    _entries.clear()
 
 
 def header_of(slot: str) -> tuple[int, int]:
     """Address and size of the slot's header in this process's memory.  Raises KeyError."""
-    header = _places[slot].memory_header
+    header = _places[slot].tracked.memory_header
     if header is None:
         raise KeyError(slot)
     return header.ptr, header.size
@@ -63,7 +68,7 @@ def header_of(slot: str) -> tuple[int, int]:
 
 def storages_of(slot: str) -> list[Any]:
     """The storages behind the slot's map, alive as long as the caller keeps them."""
-    tracked = _places[slot]
+    tracked = _places[slot].tracked
     runner, captured = tracked.runner(), tracked.captured
     if runner is None or captured is None:
         return []
@@ -84,12 +89,12 @@ def publish_entry(slot: str, engine: str, entry: Mapping[str, Any]) -> None:
 
     Not where the slot was left meanwhile: who comes too late writes nothing.
     """
-    with _lock:
-        tracked = _places.get(slot)
-        if tracked is None or not tracked.slot.is_ours():
+    with _writing:
+        place = _places.get(slot)
+        if place is None or not place.tracked.slot.is_ours():
             return
-        entries = _entries.setdefault(slot, {})
-        entries[engine] = entry
+        tracked = place.tracked
+        place.entries[engine] = entry
         process = tracked.process
         document = {
             "schema": TRANSPORT_SCHEMA,
@@ -101,7 +106,21 @@ def publish_entry(slot: str, engine: str, entry: Mapping[str, Any]) -> None:
             "slot": slot,
             "instance": tracked.instance,
             "updated_at": time.time(),
-            "engines": entries,
+            "engines": place.entries,
         }
         path = tracked.slot.path(files.TRANSPORT)
-        publish.write_whole(path, publish.encode(document), mode=0o600)
+        data = publish.encode(document)
+        if _places.get(slot) is not place:
+            return
+        publish.write_whole(path, data, mode=0o600)
+        if _places.get(slot) is not place:  # left between the two
+            _take_back(path, data)
+
+
+def _take_back(path: str, data: bytes) -> None:
+    """Take away what was written, where it is still there: the slot may be another's by now."""
+    with contextlib.suppress(OSError):
+        with open(path, "rb") as file:
+            ours = file.read() == data
+        if ours:
+            os.unlink(path)
