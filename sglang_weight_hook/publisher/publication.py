@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from ..layout import files
 from ..layout.header import Header
-from ..layout.states import RELEASED, WEIGHTS
+from ..layout.states import RELEASED, UPDATING, WEIGHTS
 from . import (
     background,
     checksum,
@@ -94,8 +94,11 @@ def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
 
 
 def tell_missed(tracked: Tracked) -> None:
-    """Subscribers that were late are told what they have missed.  Under the mutex, no event."""
-    if subscription.current is None:
+    """Subscribers that were late are told what they have missed, and remote readers that the device
+    has done what it was asked.  Under the mutex, no event."""
+    if tracked.unproven is not None:
+        _tell_remote_readers(tracked, tracked.unproven)
+    if subscription.current is None or not subscription.current.is_owed(tracked):
         return
     last = subscription.current.last_event(tracked)
     if last is not None:
@@ -126,8 +129,7 @@ def checked(tracked: Tracked, now: float) -> None:
             tracked.header.write(tracked.header.last._replace(checked_at=now))
         except OSError as error:
             once.warn("write " + tracked.slot.name, "cannot write the header: %s", error)
-        if tracked.memory_header is not None:
-            tracked.memory_header.write(tracked.header.last)
+        _tell_remote_readers(tracked, tracked.header.last)
     metrics.checked(tracked.slot.name, tracked.role, now)
 
 
@@ -395,8 +397,7 @@ def _write_header(tracked: Tracked, now: float) -> None:
         layout_digest=tracked.layout_digest,
         instance=tracked.instance,
     )
-    if tracked.memory_header is not None:
-        tracked.memory_header.write(content)
+    _tell_remote_readers(tracked, content)
     path = tracked.slot.path(files.HEADER)
     if tracked.header is not None and tracked.header.path == path and tracked.header.is_in_place():
         tracked.header.write(content)
@@ -406,6 +407,29 @@ def _write_header(tracked: Tracked, now: float) -> None:
         tracked.header = None
     if tracked.slot.is_ours():
         tracked.header = header.HeaderFile(path, content)
+
+
+def _tell_remote_readers(tracked: Tracked, content: Header) -> None:
+    """The header in memory; `updating` until the device has done what it was asked.
+
+    The background thread asks again.  A reader on this machine asks the control socket, which
+    hands out nothing before.
+    """
+    if tracked.memory_header is None:
+        return
+    waits = content.state not in (UPDATING, RELEASED) and not _has_device_written(tracked)
+    tracked.unproven = content if waits else None
+    tracked.memory_header.write(content._replace(state=UPDATING) if waits else content)
+
+
+def _has_device_written(tracked: Tracked) -> bool:
+    """Waits for nothing."""
+    try:
+        with tracked.device.handing_out(tracked.context):
+            return tracked.device.why_not_done() is None
+    except Exception as error:
+        once.warn("order " + tracked.slot.name, "the device cannot be asked: %r", error)
+        return False
 
 
 def _log(tracked: Tracked, description: dict[str, Any]) -> None:

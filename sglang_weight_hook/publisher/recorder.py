@@ -456,7 +456,7 @@ class _Recorder:
 
     @staticmethod
     def tell_missed(tracked: Tracked) -> Optional[float]:
-        """Tell subscribers that were late what they have missed; seconds to the next attempt."""
+        """Tell late subscribers and remote readers what is due; seconds to the next attempt."""
         if subscription.current is None or not subscription.current.owes(tracked):
             return None
         if not _mutex.acquire(blocking=False):
@@ -467,7 +467,7 @@ class _Recorder:
                     publication.tell_missed(tracked)
         finally:
             _mutex.release()
-        return None
+        return None if tracked.unproven is None else 0.005
 
 
 _RECORDER = _Recorder()

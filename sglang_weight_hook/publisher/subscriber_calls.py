@@ -90,6 +90,10 @@ class Subscription:
         return None if layout is None else layout["event"]
 
     def owes(self, tracked: Tracked) -> bool:
+        """Whether a subscriber has come back that was late, or remote readers wait."""
+        return tracked.unproven is not None or self.is_owed(tracked)
+
+    def is_owed(self, tracked: Tracked) -> bool:
         """Whether a subscriber has come back that was late."""
         return any(thread.owes(tracked.slot.name) for thread in self._threads)
 

@@ -36,7 +36,7 @@ from . import devices, diffusion, document, identity, once, publish, settings, s
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
-from .header import HeaderFile, MemoryHeader
+from .header import Header, HeaderFile, MemoryHeader
 
 NO_CHANGES = Changes(0, 0, 0, ())
 
@@ -65,6 +65,8 @@ class Tracked:
         self.instance = os.urandom(8).hex()
         self.header: Optional[HeaderFile] = None
         self.memory_header: Optional[MemoryHeader] = None  # where an engine may register it
+        # What the memory header is to say once the device has done what it was asked.
+        self.unproven: Optional[Header] = None
         self.missing: list[str] = []
 
         self.state = LOADING

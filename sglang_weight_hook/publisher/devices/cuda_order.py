@@ -3,7 +3,8 @@
 Such a call returns when its kernels and copies are queued.  A reader that is handed memory, or a
 copy made on another stream, could come before them.  So the end of each call is marked on the
 stream that it worked on, which waits for nothing, and who asks for memory is told to ask again
-until the device has passed the marks.  Only where weights are shared (SGLANG_WEIGHT_HOOK_SHARE).
+until the device has passed the marks.  Only where weights are shared (SGLANG_WEIGHT_HOOK_SHARE) or
+a subscriber may serve them to other machines (SGLANG_WEIGHT_HOOK_SUBSCRIBERS).
 
 Where the end of a call could not be marked nothing is known of it, and nobody is handed anything
 until a later mark on the same stream: a stream works in order, so that mark proves the earlier
@@ -44,7 +45,10 @@ _missing: dict[_Place, str] = {}
 
 def mark() -> None:
     """A call that may have written weights ends, on this thread.  Never raises, never waits."""
-    if settings.load().share is None or not cuda_driver.is_initialised():
+    configured = settings.load()
+    if configured.share is None and not configured.subscribers:
+        return
+    if not cuda_driver.is_initialised():
         return
     place = _Place(os.getpid())
     try:
