@@ -213,7 +213,7 @@ def _join(begun: Begun, participants: list[Tracked]) -> None:
             _guarded(publication.begin, tracked)
         if subscription.current is not None:
             tell = subscription.current.before
-            _guarded(tell, tracked, begun.kind, begun.effect, begun.details)
+            _guarded(tell, tracked, begun.kind, begun.effect, begun.details, begins)
 
 
 def _conclude(done: list[Tracked]) -> None:

@@ -49,9 +49,13 @@ class Subscription:
 
     # -- around an event
 
-    def before(self, tracked: Tracked, kind: str, effect: str, details: Mapping[str, Any]) -> None:
-        """A call with this effect begins, in an event that may have begun already."""
+    def before(
+        self, tracked: Tracked, kind: str, effect: str, details: Mapping[str, Any], begins: bool
+    ) -> None:
+        """A call with this effect begins; ``begins``: an event begins with it."""
         slot = tracked.slot.name
+        if begins:
+            self._told.pop(slot, None)  # of an event whose end was never reported
         told = self._told.setdefault(slot, set())
         if effect in told or effect in _UNTOLD:
             return

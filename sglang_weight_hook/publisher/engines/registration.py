@@ -116,12 +116,15 @@ class Registration:
         if known is None or not known.wanted or not self._must_withdraw(known, event):
             return
         known.wanted, known.state = frozenset(), WITHDRAWN
-        if self._engine.deregistering_is_fence:
-            self._bring_up_to_date()
-        else:
-            self._close()
-        known.held = []
-        self._publish(slot, known)
+        try:
+            if self._engine.deregistering_is_fence:
+                self._bring_up_to_date()
+            else:
+                self._close()
+        finally:
+            known.held = []
+            self._publish(slot, known)
+            self._publish_others()
 
     def after(self, slot: str, document: Mapping[str, Any], diff: Diff) -> None:
         known = self._slots.setdefault(slot, _Slot())

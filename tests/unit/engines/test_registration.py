@@ -352,3 +352,20 @@ def test_the_engine_and_its_thread_are_one_a_process(engine: Any) -> None:
     assert len(subscription.current._threads) == 1
     assert one.model is not None
     assert two.model is not None
+
+
+def test_an_engine_closed_before_a_release_is_withdrawn_for_every_slot(
+    subscribed: Any, maps: Path, transport: Any
+) -> None:
+    subscribed(survives=False, fence=False)
+    one, two = published(gpu_id=0), published(gpu_id=1)
+    seen: list[Any] = []
+    event(
+        "release_memory_occupation",
+        "release",
+        [one],
+        details=PHYSICAL,
+        during=lambda: seen.append((transport("0").get("session"), transport("1").get("session"))),
+    )
+    assert seen == [(None, None)]
+    assert two.model is not None

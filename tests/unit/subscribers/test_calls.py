@@ -347,3 +347,13 @@ def test_there_is_one_thread_a_subscriber(told: Any) -> None:
     assert names.count("sglang-weight-hook a_subscriber:make") >= 1
     assert subscription.current is not None
     assert len(subscription.current._threads) == 1
+
+
+def test_an_event_over_one_whose_end_was_never_reported_is_told_before(told: Any) -> None:
+    runner = published()
+    release = ("release_memory_occupation", "release")
+    recorder.begin(*release, [runner], PHYSICAL)  # and lost
+    gc.collect()
+    told.calls.clear()
+    event(*release, [runner], details=PHYSICAL)
+    assert told.methods()[0] == ("before", "0")
