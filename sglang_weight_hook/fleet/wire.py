@@ -205,7 +205,11 @@ class Peer:
                 connection, is_new = self._connection(deadline)
                 try:
                     response = _send(connection, path, headers or {}, body)
-                    answer = _read(response, limit)
+                    try:
+                        answer = _read(response, limit)
+                    except BaseException:
+                        response.close()
+                        raise
                 except (http.client.RemoteDisconnected, ConnectionError, BrokenPipeError):
                     connection.close()
                     if is_new or body is not None:
@@ -243,7 +247,9 @@ class Peer:
                 with self._reaching(timeout):
                     given = {**headers, "Accept-Encoding": "identity"}
                     response = _send(connection, path, given, None)
-                yield response.status, self._lines(response, connection.clock, silence, until)
+                # A connection forgets an answer that ends with it, so that is closed by itself.
+                with contextlib.closing(response):
+                    yield response.status, self._lines(response, connection.clock, silence, until)
         finally:
             connection.close()
 
@@ -284,6 +290,7 @@ class Peer:
 
     def _give_back(self, connection: _Connection, response: http.client.HTTPResponse) -> None:
         if response.will_close or not response.isclosed():
+            response.close()
             connection.close()
             return
         connection.used_at = time.monotonic()

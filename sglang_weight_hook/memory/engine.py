@@ -42,7 +42,6 @@ class Connection(Protocol):
 
     is_used: bool  # it served somebody before, and may turn out to be closed at the other end
     most_reads: int  # in one batch
-    writes_anywhere: bool  # also into memory that was not registered
 
     def register(self, buffer: Buffer) -> None:
         """Have the engine write into it; kept as long as the connection.  Raises NotReadable."""
@@ -152,8 +151,6 @@ class EngineMemory:
         return None
 
     def buffer(self, size: int) -> memoryview:
-        if self._connection.writes_anywhere:
-            return Buffer(size).view
         return self._registered(size).view
 
     def fetch(self, runs: Sequence[Run], target: memoryview) -> None:
@@ -164,7 +161,7 @@ class EngineMemory:
         runs = [part for run in runs for part in self._registered_parts(*run)]
         here = address_of(target)
         connection, size = self._connection, sum(length for _, length in runs)
-        if connection.writes_anywhere or any(b.holds(here, size) for b in self._buffers):
+        if any(b.holds(here, size) for b in self._buffers):
             for batch in batches(runs, DIRECT_BYTES, connection.most_reads):
                 self._read([Read(here + part.offset, part.address, part.size) for part in batch])
                 here += batch[-1].offset + batch[-1].size
@@ -178,9 +175,9 @@ class EngineMemory:
 
     def fetch_at(self, spans: Sequence[Span], target: memoryview) -> None:
         here, connection = address_of(target), self._connection
-        if not connection.writes_anywhere and not any(
-            buffer.holds(here, target.nbytes) for buffer in self._buffers
-        ):
+        # An engine whose batch has failed may go on writing, so it is given no memory that its
+        # owner could free or use again meanwhile.
+        if not any(buffer.holds(here, target.nbytes) for buffer in self._buffers):
             for address, size, offset in spans:
                 self.fetch([(address, size)], target[offset : offset + size])
             return

@@ -39,6 +39,10 @@ _idle: dict[Any, _Connection] = {}
 _IDLE = 4
 # Of calls that have not come back, with what they may write into.
 _stuck: list[Any] = []
+# Connections on which a batch has failed, the latest last.  Mooncake answers at the first read of a
+# batch that fails while others are still under way, so what they write into is kept.
+_failed: list[_Connection] = []
+_MOST_FAILED = 2
 
 
 class MooncakeMemory(EngineMemory):
@@ -58,14 +62,14 @@ class _Connection:
         self.key = key
         self.is_used = False
         self._session = session
-        self.writes_anywhere = protocol == "tcp"
-        self._engine = _engine(protocol)
+        self._registers = protocol != "tcp"  # over TCP it writes anywhere
+        self._engine: Any = _engine(protocol)
         self._buffers: list[Buffer] = []
         self._has_answered = False
 
     def register(self, buffer: Buffer) -> None:
         self._buffers.append(buffer)
-        if self.writes_anywhere:
+        if not self._registers:
             return
         if self._engine.register_memory(buffer.address, buffer.size) != 0:
             raise NotReadable(
@@ -88,6 +92,7 @@ class _Connection:
         else:
             code = _within(_TIMEOUT, call, (self, self._session))
         if code != 0:
+            self._keep()
             raise NotReadable(
                 f"mooncake could not read from {self._session} (it answers {code}): the server has "
                 f"exited, is stopped or has withdrawn the memory, or a firewall is in between; "
@@ -95,9 +100,18 @@ class _Connection:
             )
         self._has_answered = True
 
+    def _keep(self) -> None:
+        """Give nothing back that an engine may still write into."""
+        if self not in _failed:
+            _failed.append(self)
+        while len(_failed) > _MOST_FAILED:
+            _failed.pop(0)._engine = None  # it ends its threads, before its buffers go
+
     def close(self, is_good: bool) -> None:
+        if self in _failed:
+            return
         for buffer in self._buffers[1:] if is_good else ():
-            if not self.writes_anywhere:
+            if self._registers:
                 self._engine.unregister_memory(buffer.address)
         del self._buffers[1:]
         if is_good:

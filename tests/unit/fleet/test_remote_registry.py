@@ -203,9 +203,9 @@ def test_a_registry_that_was_killed_says_so_and_answers_once_it_is_back(
 def test_a_registry_that_stands_still_is_not_waited_for_long(
     etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_reading, "TIMEOUT", 0.5)
     fleet = open_directory(url_of(etcd))
     assert names(fleet) == []
+    monkeypatch.setattr(registry_reading, "TIMEOUT", 0.5)
     etcd.stop()
     try:
         started = time.monotonic()
