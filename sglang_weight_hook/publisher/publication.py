@@ -104,7 +104,7 @@ def tell_missed(tracked: Tracked) -> None:
     if last is not None:
         tracked.slot.lock(0.0)
         try:
-            subscription.current.after(tracked, None, last)
+            subscription.current.after(tracked, None, last, is_repeat=True)
             _write_state(tracked, dict(last))
         finally:
             tracked.slot.unlock()

@@ -68,7 +68,11 @@ class Subscription:
         self._call("before", tracked, event)
 
     def after(
-        self, tracked: Tracked, layout: Optional[Mapping[str, Any]], event: Mapping[str, Any]
+        self,
+        tracked: Tracked,
+        layout: Optional[Mapping[str, Any]],
+        event: Mapping[str, Any],
+        is_repeat: bool = False,
     ) -> None:
         """An event has ended; ``layout``: the new document, None where the one before stands."""
         slot = tracked.slot.name
@@ -86,7 +90,7 @@ class Subscription:
         transport.enter(tracked)
         for thread in self._threads:
             thread.settle(slot)
-        self._call("after", tracked, layout)
+        self._call("after", tracked, layout, is_repeat)
 
     def last_event(self, tracked: Tracked) -> Optional[Mapping[str, Any]]:
         """The event that subscribers were told of last, as the documents describe it."""
@@ -136,7 +140,7 @@ class Subscription:
         self._keep_for_ever()
         transport.abandon()
 
-    def _call(self, method: str, tracked: Tracked, argument: Any) -> None:
+    def _call(self, method: str, tracked: Tracked, argument: Any, is_repeat: bool = False) -> None:
         """All at once, and one deadline for all."""
         context = functools.partial(tracked.device.using_context, tracked.context)
         turns = []
@@ -146,7 +150,7 @@ class Subscription:
                 turns.append((thread, turn))
         deadline = time.monotonic() + self._timeout
         for thread, turn in turns:
-            thread.wait(turn, deadline)
+            thread.wait(turn, deadline, is_repeat)
 
     def problems(self, slot: str) -> dict[str, Optional[str]]:
         """For the state file: by subscriber, what went wrong with it; None where nothing did."""

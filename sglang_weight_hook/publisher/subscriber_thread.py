@@ -92,8 +92,13 @@ class SubscriberThread:
             self._some.notify()
         return True
 
-    def wait(self, turn: Turn, deadline: float) -> None:
-        """Wait for the call until ``deadline`` (time.monotonic), and note how it went."""
+    def wait(self, turn: Turn, deadline: float, is_repeat: bool = False) -> None:
+        """Wait for the call until ``deadline`` (time.monotonic), and note how it went.
+
+        ``is_repeat``: it tells what an earlier call has missed; where it is late, too, it is not
+        made again before the next event, or a subscriber slower than the timeout would be called
+        for ever.
+        """
         if not turn.over.wait(max(deadline - time.monotonic(), 0.0)):
             waited = time.monotonic() - turn.posted_at
             with self._some:
@@ -104,7 +109,8 @@ class SubscriberThread:
                         self._at_work.is_late = True
             if turn.is_late:
                 turn.problem = f"{turn.method} took more than {waited:.1f} s"
-                self._owed.add(turn.slot)
+                if not is_repeat:
+                    self._owed.add(turn.slot)
         if self.refused is not None:
             turn.problem = self.refused
         if turn.problem is None:

@@ -20,6 +20,7 @@ from typing import Any, Optional
 
 from ..layout import files, process
 from ..layout.documents import ATTRIBUTE
+from ..layout.header import Header
 from ..layout.states import (
     FAILED,
     KV_CACHE,
@@ -36,7 +37,7 @@ from . import devices, diffusion, document, identity, once, publish, settings, s
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
-from .header import Header, HeaderFile, MemoryHeader
+from .header import HeaderFile, MemoryHeader
 
 NO_CHANGES = Changes(0, 0, 0, ())
 
@@ -106,9 +107,7 @@ class Tracked:
         self.restless: Counter[str] = Counter()
         # The background thread's schedule, in time.monotonic().
         self.check_step = 0  # how many checks there were since the last event
-        self.event_ended_at = 0.0
-        self.looked_at = 0.0
-        self.thorough_at = 0.0
+        self.event_ended_at = self.looked_at = self.thorough_at = 0.0
 
     # -- around SGLang's calls
 

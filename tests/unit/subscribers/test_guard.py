@@ -124,6 +124,16 @@ def test_a_late_one_is_not_called_until_it_is_back_and_then_told_at_once(
     assert state(maps)["state"] == "ready"
 
 
+def test_one_that_is_always_late_is_not_called_for_ever(subscribe: Any) -> None:
+    told = subscribe.told(timeout=0.1)
+    runner = published()
+    told.does["after"] = lambda: time.sleep(0.2)
+    calls = len(told.calls)
+    update(runner)
+    time.sleep(1.5)
+    assert len(told.calls) - calls <= 3  # before, after, and once more what it may have missed
+
+
 def test_one_that_hangs_while_it_is_made_costs_one_timeout_an_event(
     subscribe: Any, maps: Path
 ) -> None:
