@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,15 @@ def serve(started: list[Any], tmp_path: Path) -> Callable[..., Agent]:
 def etcd(started: list[Any], tmp_path: Path) -> EtcdServer:
     started.append(EtcdServer(tmp_path / "etcd"))
     return started[-1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sockets_of_cut_answers() -> Iterator[None]:
+    """Conversations that a test has cut short leave a socket to the collector.
+
+    It is to warn of those here, and not in whatever test runs when it comes by.
+    """
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
