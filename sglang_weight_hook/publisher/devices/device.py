@@ -85,7 +85,7 @@ class Device:
         """Ask with another thread's `current_context`."""
         return contextlib.nullcontext()
 
-    # -- where weights are shared (SGLANG_WEIGHT_HOOK_SHARE)
+    # -- where weights are shared (SGLANG_WEIGHT_HOOK_SHARE) or subscribers are named
 
     def mark(self) -> None:
         """A call that may have written weights ends, on this thread.  Never raises, never waits."""
