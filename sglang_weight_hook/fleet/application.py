@@ -10,7 +10,7 @@ import re
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import anyio.to_thread
@@ -33,6 +33,8 @@ from .representation import answer, failure, file_answer, is_known
 from .view import Views
 
 SCHEMA, SCHEMA_VERSION = "sglang-weight-agent", 1
+
+_Handler = Callable[[Request], Awaitable[Response]]
 
 # What drawing raises where a document has not the hook's format.
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
@@ -95,7 +97,10 @@ class Agent:
             "/events": self.events,
             "/metrics": self.metrics,
         }
-        routes = [Route(path, handler, methods=["GET"]) for path, handler in paths.items()]
+        routes = [
+            Route(path, _asked_as_described(path, handler), methods=["GET"])
+            for path, handler in paths.items()
+        ]
         # A path is right or wrong; one with another slash at its end is wrong.
         app = Starlette(
             routes=routes,
@@ -381,6 +386,23 @@ def _number(request: Request, name: str) -> Optional[float]:
         if 0 <= value < openapi.LATEST:
             return value
     raise Refused(400, f"{name} is a number from 0 on")
+
+
+def _asked_as_described(path: str, handler: _Handler) -> _Handler:
+    """A misspelt filter would be answered as if it were none, so it is refused."""
+    known = openapi.query_parameters(path)
+
+    async def handle(request: Request) -> Response:
+        given = Counter(name for name, _ in request.query_params.multi_items())
+        for name, count in given.items():
+            if name not in known:
+                has = f"has {', '.join(known)}" if known else "has none"
+                raise Refused(400, f"no query parameter {name[:100]!r}: {path} {has}")
+            if count > 1:
+                raise Refused(400, f"{name} is given {count} times")
+        return await handler(request)
+
+    return handle
 
 
 async def _http_failure(request: Request, error: Exception) -> Response:

@@ -209,6 +209,12 @@ def description(has_token: bool = False) -> dict[str, Any]:
     return found
 
 
+def query_parameters(path: str) -> tuple[str, ...]:
+    """Names of the query parameters that a path has."""
+    parameters = description()["paths"][path]["get"]["parameters"]
+    return tuple(each["name"] for each in parameters if each["in"] == "query")
+
+
 def _of_all() -> dict[str, Any]:
     lookup = _operation(
         "lookup",

@@ -249,7 +249,8 @@ class Peer:
                     response = _send(connection, path, given, None)
                 # A connection forgets an answer that ends with it, so that is closed by itself.
                 with contextlib.closing(response):
-                    yield response.status, self._lines(response, connection.clock, silence, until)
+                    lines = self._lines(response, connection.clock, silence, until, stop)
+                    yield response.status, lines
         finally:
             connection.close()
 
@@ -259,12 +260,18 @@ class Peer:
         clock: _Clock,
         silence: float,
         until: Optional[float],
+        stop: Stop,
     ) -> Iterator[bytes]:
         with self._reaching(silence):
             while True:
                 longest = time.monotonic() + silence
                 clock.deadline = longest if until is None else min(longest, until)
-                line = response.readline(MAX_LINE + 1)
+                try:
+                    line = response.readline(MAX_LINE + 1)
+                except OSError:
+                    if not stop.is_set():
+                        raise
+                    return  # the other side was still writing when this one was shut down
                 if not line:
                     return
                 if len(line) > MAX_LINE:

@@ -18,6 +18,7 @@ for folder in (ROOT, HERE):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from child_environment import environment_for_children  # noqa: E402
 from fake_sglang import FakeRunner, forget, load, settle  # noqa: E402
 from memory_saver import FakeMemorySaver, scheduler_with  # noqa: E402
 from patched_methods import Recorded  # noqa: E402
@@ -181,19 +182,6 @@ def start_python(tmp_path: Path, maps: Path) -> Iterator[Callable[..., subproces
     for process in started:
         process.kill()
         process.communicate()
-
-
-def environment_for_children(path: Path | None, maps: Path, more: dict[str, str]) -> dict[str, str]:
-    folders = [str(ROOT), str(HERE)]
-    if path is not None:
-        folders.insert(0, str(path))
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
-    }
-    environment["PYTHONPATH"] = os.pathsep.join(folders)
-    environment["SGLANG_WEIGHT_HOOK_DIR"] = str(maps)
-    environment.update(more)
-    return environment
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment_for_children
+from child_environment import environment_for_children
 from fake_sglang import FakeRunner, event, load, settle, stream, update
 from published_files import a_model, generations, header_of, lock_is_free, state_of
 

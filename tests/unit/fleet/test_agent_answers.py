@@ -186,6 +186,22 @@ def test_history_is_the_log(agent: Agent, publisher: Publisher) -> None:
     assert agent.ask("/slots/0/history?kind=" + "x" * 201).status == 400
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("/slots/0/history?knid=update_*", "no query parameter 'knid'"),
+        ("/slots/0/history?limit=1&limit=2", "limit is given 2 times"),
+        ("/lookup/0x1000?slots=0", "/lookup/{address} has slot"),
+        ("/slots?slot=0", "/slots has none"),
+        ("/healthz?x", "no query parameter 'x'"),
+    ],
+)
+def test_a_filter_that_would_be_ignored_is_refused(agent: Agent, asked: str, says: str) -> None:
+    answer = agent.ask(asked)
+    assert answer.status == 400
+    assert says in answer.json["error"]
+
+
 def test_the_page_shows_all_slots_and_fetches_nothing(agent: Agent) -> None:
     answer = agent.ask("/")
     assert answer.headers["content-type"].startswith("text/html")
