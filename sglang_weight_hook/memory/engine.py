@@ -53,6 +53,25 @@ class Connection(Protocol):
         """Give it back; ``is_good``: nothing has failed, so another may have it."""
 
 
+class _Closed:
+    """The connection of memory that is closed."""
+
+    is_used = False
+    most_reads = 1
+
+    def register(self, buffer: Buffer) -> None:
+        raise NotReadable("the memory is closed; open it again with document.open_memory()")
+
+    def read(self, reads: Sequence[Read], is_header: bool = False) -> None:
+        raise NotReadable("the memory is closed; open it again with document.open_memory()")
+
+    def close(self, is_good: bool) -> None:
+        pass
+
+
+_foreign: list[Connection] = []  # of the parent of a forked child
+
+
 class EngineMemory:
     """Reads the memory of the process that published ``document`` through a transfer engine."""
 
@@ -234,7 +253,19 @@ class EngineMemory:
             raise
 
     def _raise_if_served_anew(self) -> None:
-        """Raise Changed where the server says now that it is reached in another way, or not."""
+        """Raise Changed where the server says now that it is reached in another way, or not.
+
+        Before an event takes memory away its state is published, then its engine is withdrawn, and
+        what is reached is published last: whoever failed in between finds the state.
+        """
+        document = self._document
+        if document.is_live:
+            state = document.slot.state_if_any()
+            if state is not None and state.get("state") != READY:
+                raise Changed(
+                    f"slot {document.slot.name} is {state.get('state')} now, and its memory could "
+                    f"not be read any more; read the document again when it is ready"
+                )
         try:
             now = transports.transport_of(self._document, self.name)
         except NotReadable:
@@ -283,8 +314,12 @@ class EngineMemory:
             )
 
     def close(self) -> None:
-        if os.getpid() == self._pid:  # a forked child has none of the engine's threads
-            self._connection.close(self._is_good)
+        # Whoever keeps this object keeps no engine with it, for that listens as long as it lives.
+        connection, self._connection = self._connection, _Closed()
+        if os.getpid() == self._pid:
+            connection.close(self._is_good)
+        else:
+            _foreign.append(connection)  # a forked child has none of the engine's threads
 
 
 def _generations_of(header: Header) -> tuple[object, ...]:

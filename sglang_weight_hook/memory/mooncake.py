@@ -6,17 +6,18 @@ interfaces and without authentication (docs/transfer.md).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 from ..layout.transport_document import MOONCAKE
 from ..layout.variables import DEFAULT_TRANSFER_HOST, MOONCAKE_DEVICE, TRANSFER_HOST
 from ..reader import Document
+from . import environment
 from .engine import EngineMemory, Read
 from .errors import NotReadable
+from .idle import Idle
 from .staging import Buffer
 from .transport import Transport, session_of
 
@@ -33,10 +34,9 @@ _SETTINGS = {
     "MC_TRANSFER_TIMEOUT": "600",
 }
 
-# Connections that nobody uses now, by what they are good for: an engine keeps what it has learned
-# of a server, which the next runner there makes untrue.
-_idle: dict[Any, _Connection] = {}
-_IDLE = 4
+# By what they are good for: an engine keeps what it has learned of a server, which the next runner
+# there makes untrue.
+_idle: Idle[_Connection] = Idle()
 # Of calls that have not come back, with what they may write into.
 _stuck: list[Any] = []
 # Connections on which a batch has failed, the latest last.  Mooncake answers at the first read of a
@@ -115,10 +115,8 @@ class _Connection:
                 self._engine.unregister_memory(buffer.address)
         del self._buffers[1:]
         if is_good:
-            while len(_idle) >= _IDLE:
-                _idle.pop(next(iter(_idle)))
             self.is_used = True
-            _idle[self.key] = self
+            _idle.put(self.key, self)
 
 
 def _connected(
@@ -129,7 +127,7 @@ def _connected(
         *(os.getpid(), threading.get_ident(), session),
         *(document.instance, document.layout_generation, document.physical_epoch),
     )
-    known = _idle.pop(key, None)
+    known = _idle.take(key)
     if known is not None and may_be_used:
         return known
     return _Connection(session, transport.protocol, key)
@@ -137,7 +135,7 @@ def _connected(
 
 def _engine(protocol: str) -> Any:
     """A new engine.  Raises NotReadable."""
-    with _settings():
+    with environment.defaults(_SETTINGS):
         try:
             from mooncake.engine import TransferEngine
         except ImportError as error:
@@ -155,18 +153,6 @@ def _engine(protocol: str) -> Any:
                 f"mooncake cannot start here for {protocol}; MC_LOG_LEVEL=INFO shows why"
             )
     return engine
-
-
-@contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    """The environment that Mooncake reads once, when it starts; no child of ours inherits it."""
-    ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
 
 
 def _within(seconds: float, call: Callable[[], int], of: Any) -> int:

@@ -16,14 +16,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional
 
 from ..layout.engines import BY_NAME
 from ..layout.transport_document import NIXL
 from ..reader import Document, Tensor
+from . import environment
 from .engine import EngineMemory, Read
 from .errors import NotReadable
+from .idle import Idle
 from .staging import Buffer
 from .transport import Transport
 
@@ -38,10 +40,9 @@ _PAUSE = 0.0001
 # otherwise, and stdout is for what was asked for.
 _SETTINGS = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_FILE": "stderr"}
 
-# Agents that nobody uses now, by what they are connected to, for that takes a tenth of a second;
+# Agents, with the name of the one that they are connected to, by thread and by that one's metadata;
 # and those of transfers that have not ended, with what they may write into.
-_idle: dict[Any, tuple[Any, str]] = {}
-_IDLE = 4
+_idle: Idle[tuple[Any, str]] = Idle()
 _stuck: list[Any] = []
 
 
@@ -85,7 +86,7 @@ class _Connection:
         self._remote = str(entry.get("memory") or "DRAM"), int(entry.get("device_id") or 0)
         backend = str(entry.get("backend") or "UCX")
         self._key = (os.getpid(), threading.get_ident(), backend, metadata)
-        known = _idle.pop(self._key, None)
+        known = _idle.take(self._key)
         self.is_used = known is not None and may_be_used
         self._registered: list[Any] = []
         self._kept: list[Buffer] = []
@@ -160,9 +161,7 @@ class _Connection:
             if not is_good:
                 self._agent.remove_remote_agent(self._name)
                 return
-            while len(_idle) >= _IDLE:
-                _idle.pop(next(iter(_idle)))
-            _idle[self._key] = self._agent, self._name
+            _idle.put(self._key, (self._agent, self._name))
 
 
 def _connected(
@@ -174,7 +173,7 @@ def _connected(
 def _new_agent(backend: str) -> Any:
     """A new agent of this process.  Raises NotReadable."""
     name = f"sglang-weight-hook-{os.uname().nodename}-{os.getpid()}-{time.monotonic_ns()}"
-    with _settings():
+    with environment.defaults(_SETTINGS):
         api = _api()
         try:
             # No thread of its own: the server's serves, this one asks.
@@ -185,18 +184,6 @@ def _new_agent(backend: str) -> Any:
                 f"nixl cannot start here with {backend} ({error or type(error).__name__}); "
                 f"NIXL_LOG_LEVEL=INFO shows why"
             ) from error
-
-
-@contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    """The environment in which NIXL and UCX are loaded; no child of ours inherits it."""
-    ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
 
 
 def _api() -> Any:

@@ -43,7 +43,7 @@ class Recorder(Protocol):
 
     def check(self, tracked: Tracked, thoroughly: bool) -> Optional[bool]: ...
 
-    def tell_missed(self, tracked: Tracked) -> Optional[float]: ...
+    def tell_news(self, tracked: Tracked) -> Optional[float]: ...
 
 
 _thread: Optional[_Background] = None
@@ -146,7 +146,7 @@ class _Background(threading.Thread):
         waits = [_guarded(self._recorder.end_streams, time.monotonic())]
         if subscription.current is not None:
             for tracked in self._recorder.runners():
-                waits.append(_guarded(self._recorder.tell_missed, tracked))
+                waits.append(_guarded(self._recorder.tell_news, tracked))
         if self._period > 0:
             for tracked in self._recorder.runners():
                 waits.append(_guarded(self._check_if_due, tracked))

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from ..layout.header import LEFT, SIZE, Header, pack
 
 _SEQUENCE_OFFSET = 8  # bytes
 _BODY_OFFSET = 16
+
+
+class Unproven(NamedTuple):
+    """What the header in memory is to say once the device has done what it was asked."""
+
+    content: Header
+    since: float  # time.monotonic()
 
 
 class HeaderFile:

@@ -30,6 +30,7 @@ from . import (
 from . import capture as capturing
 from .capture import Capture
 from .events import Event
+from .header import Unproven
 from .tracked import Tracked
 
 
@@ -93,21 +94,22 @@ def _publish(tracked: Tracked, runner: Any, event: Event) -> None:
         )
 
 
-def tell_missed(tracked: Tracked) -> None:
-    """Subscribers that were late are told what they have missed, and remote readers that the device
-    has done what it was asked.  Under the mutex, no event."""
+def tell_news(tracked: Tracked) -> Optional[float]:
+    """Remote readers are told that the device has done what it was asked, and the state file says
+    what has become of subscribers that were late.  Under the mutex, no event.
+
+    Gives the seconds after which the device is to be asked again, None where it has answered.
+    """
     if tracked.unproven is not None:
-        _tell_remote_readers(tracked, tracked.unproven)
-    if subscription.current is None or not subscription.current.is_owed(tracked):
-        return
-    last = subscription.current.last_event(tracked)
-    if last is not None:
-        tracked.slot.lock(0.0)
-        try:
-            subscription.current.after(tracked, None, last, is_repeat=True)
+        _tell_remote_readers(tracked, tracked.unproven.content)
+    if subscription.current is not None and subscription.current.take_news(tracked):
+        last = subscription.current.last_event(tracked)
+        if last is not None:
             _write_state(tracked, dict(last))
-        finally:
-            tracked.slot.unlock()
+    if tracked.unproven is None:
+        return None
+    waited = time.monotonic() - tracked.unproven.since
+    return min(max(waited / 4, 0.005), 1.0)  # a stream that stays unknown costs nothing for ever
 
 
 def say_unannounced(tracked: Tracked) -> None:
@@ -418,7 +420,8 @@ def _tell_remote_readers(tracked: Tracked, content: Header) -> None:
     if tracked.memory_header is None:
         return
     waits = content.state not in (UPDATING, RELEASED) and not _has_device_written(tracked)
-    tracked.unproven = content if waits else None
+    since = time.monotonic() if tracked.unproven is None else tracked.unproven.since
+    tracked.unproven = Unproven(content, since) if waits else None
     tracked.memory_header.write(content._replace(state=UPDATING) if waits else content)
 
 

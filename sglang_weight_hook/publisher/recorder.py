@@ -455,19 +455,19 @@ class _Recorder:
             _mutex.release()
 
     @staticmethod
-    def tell_missed(tracked: Tracked) -> Optional[float]:
-        """Tell late subscribers and remote readers what is due; seconds to the next attempt."""
-        if subscription.current is None or not subscription.current.owes(tracked):
+    def tell_news(tracked: Tracked) -> Optional[float]:
+        """Publish what late subscribers and the device have done; seconds to the next attempt."""
+        if subscription.current is None or not subscription.current.has_news(tracked):
             return None
         if not _mutex.acquire(blocking=False):
             return 0.05
         try:
             with _Exclusive():
                 if tracked.event is None and tracked in _tracked.values():
-                    publication.tell_missed(tracked)
+                    return publication.tell_news(tracked)
         finally:
             _mutex.release()
-        return None if tracked.unproven is None else 0.005
+        return None  # the end of the event tells
 
 
 _RECORDER = _Recorder()

@@ -72,7 +72,6 @@ class Subscription:
         tracked: Tracked,
         layout: Optional[Mapping[str, Any]],
         event: Mapping[str, Any],
-        is_repeat: bool = False,
     ) -> None:
         """An event has ended; ``layout``: the new document, None where the one before stands."""
         slot = tracked.slot.name
@@ -88,22 +87,25 @@ class Subscription:
         layout = {**layout, **tracked.standing().fields(), "event": event}
         self._latest[slot] = layout
         transport.enter(tracked)
-        for thread in self._threads:
-            thread.settle(slot)
-        self._call("after", tracked, layout, is_repeat)
+        self._call("after", tracked, layout)
 
     def last_event(self, tracked: Tracked) -> Optional[Mapping[str, Any]]:
         """The event that subscribers were told of last, as the documents describe it."""
         layout = self._latest.get(tracked.slot.name)
         return None if layout is None else layout["event"]
 
-    def owes(self, tracked: Tracked) -> bool:
-        """Whether a subscriber has come back that was late, or remote readers wait."""
-        return tracked.unproven is not None or self.is_owed(tracked)
+    def has_news(self, tracked: Tracked) -> bool:
+        """Whether a call has ended that no event has waited for, or remote readers wait."""
+        slot = tracked.slot.name
+        return tracked.unproven is not None or any(slot in one.news for one in self._threads)
 
-    def is_owed(self, tracked: Tracked) -> bool:
-        """Whether a subscriber has come back that was late."""
-        return any(thread.owes(tracked.slot.name) for thread in self._threads)
+    def take_news(self, tracked: Tracked) -> bool:
+        """Whether a call has ended that no event has waited for, since this was asked last."""
+        slot = tracked.slot.name
+        news = [thread for thread in self._threads if slot in thread.news]
+        for thread in news:
+            thread.news.discard(slot)
+        return bool(news)
 
     def gone(self, tracked: Tracked) -> None:
         self._names.pop(tracked.instance, None)
@@ -115,8 +117,7 @@ class Subscription:
         self._latest.pop(slot, None)
         self._told.pop(slot, None)
         for thread in self._threads:
-            thread.settle(slot)
-            thread.problems.pop(slot, None)
+            thread.forget(slot)
             thread.post(Turn("gone", slot, contextlib.nullcontext), None)
 
     def _at_exit(self) -> None:
@@ -140,17 +141,17 @@ class Subscription:
         self._keep_for_ever()
         transport.abandon()
 
-    def _call(self, method: str, tracked: Tracked, argument: Any, is_repeat: bool = False) -> None:
+    def _call(self, method: str, tracked: Tracked, argument: Any) -> None:
         """All at once, and one deadline for all."""
         context = functools.partial(tracked.device.using_context, tracked.context)
         turns = []
         for thread in self._threads:
             turn = Turn(method, tracked.slot.name, context)
-            if thread.post(turn, argument):
+            if thread.post(turn, argument, is_awaited=self._timeout > 0):
                 turns.append((thread, turn))
         deadline = time.monotonic() + self._timeout
         for thread, turn in turns:
-            thread.wait(turn, deadline, is_repeat)
+            thread.wait(turn, deadline)
 
     def problems(self, slot: str) -> dict[str, Optional[str]]:
         """For the state file: by subscriber, what went wrong with it; None where nothing did."""

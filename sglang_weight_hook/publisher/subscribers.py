@@ -64,6 +64,10 @@ class Subscriber(Protocol):
 
     An event waits for each call, at most ``SGLANG_WEIGHT_HOOK_SUBSCRIBER_TIMEOUT`` seconds.  What
     raises or is late is named in the state file (``subscribers``), and SGLang goes on.
+
+    A fourth method may be there, ``missed(slot: str, event: Event) -> None``: SGLang has gone on
+    without waiting for `before`, which is not called any more for this event.  What the event
+    changes may have changed; undo what must not be served, and touch no memory.  `after` follows.
     """
 
     def before(self, slot: str, event: Event) -> None:
@@ -77,7 +81,7 @@ class Subscriber(Protocol):
         """An event has ended, also one that failed (``document["event"]["success"]``).
 
         ``document``: the layout document (docs/format.md), not to be changed.  The lock is still
-        held, and the state is not yet published as ready.
+        held, and the state is not yet published as ready; unless this call was late in its turn.
         """
 
     def gone(self, slot: str) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Optional
 
 from ..layout import files, process
 from ..layout.documents import ATTRIBUTE
-from ..layout.header import Header
 from ..layout.states import (
     FAILED,
     KV_CACHE,
@@ -37,7 +36,7 @@ from . import devices, diffusion, document, identity, once, publish, settings, s
 from .capture import Capture
 from .document import Changes
 from .events import STREAMING, UNANNOUNCED, Call, Event
-from .header import HeaderFile, MemoryHeader
+from .header import HeaderFile, MemoryHeader, Unproven
 
 NO_CHANGES = Changes(0, 0, 0, ())
 
@@ -67,7 +66,7 @@ class Tracked:
         self.header: Optional[HeaderFile] = None
         self.memory_header: Optional[MemoryHeader] = None  # where an engine may register it
         # What the memory header is to say once the device has done what it was asked.
-        self.unproven: Optional[Header] = None
+        self.unproven: Optional[Unproven] = None
         self.missing: list[str] = []
 
         self.state = LOADING

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ pytestmark = [pytest.mark.real_sglang, pytest.mark.transfer]
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "nixl-cu12==1.5.1")
+PULLS = 500  # of each rank, while the server updates
 # A port a rank, and the next server has to take the same ones.
 PORTS = {"MC_MIN_RPC_PORT": "15870", "MC_MAX_RPC_PORT": "15873"}
 
@@ -90,14 +92,23 @@ class FarReader:
         return target
 
     def pull(self, copy: Path) -> list[dict[str, Any]]:
+        return self._run("pull_everything.py", copy, 240)
+
+    def pull_repeatedly(self, live: Path, pulls: int, seconds: float) -> list[dict[str, Any]]:
+        """Of the server's own directory: what it publishes is seen, as over a shared volume."""
+        return self._run("pull_repeatedly.py", live, seconds + 120, str(pulls), f"{seconds}")
+
+    def _run(
+        self, program: str, directory: Path, timeout: float, *more: str
+    ) -> list[dict[str, Any]]:
         done = subprocess.run(
-            [*self._prefix, sys.executable, str(ROOT / "tests/real_sglang/pull_everything.py"),
-             self._engine, str(copy)],
+            [*self._prefix, sys.executable, str(ROOT / "tests/real_sglang" / program),
+             self._engine, str(directory), *more],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(self._engines)]),
                  "UCX_TLS": "tcp"},  # and not the kernel's way around the network
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=timeout,
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
@@ -148,6 +159,7 @@ def test_what_is_pulled_from_two_ranks_is_what_sglang_says(
             assert server.post(route)[0] == 200
         assert_pulled(server, reader)
         assert server.generate()
+        assert_no_pull_is_mixed(server, reader, a, b)
         good = reader.copy(server)
         assert_stopped_is_told(server, reader, good)
         pids = [pid_of(slot) for slot in server.maps.slots()]
@@ -193,6 +205,51 @@ def assert_pulled(server: HookedServer, reader: FarReader) -> list[dict[str, str
             known += 1
         assert known > 10
     return [each["sums"] for each in said]
+
+
+def assert_no_pull_is_mixed(server: HookedServer, reader: FarReader, a: Path, b: Path) -> None:
+    """Two checkpoints in turn, without a pause, and the ranks stopped for a moment now and then:
+    each pull is wholly of the one or of the other."""
+    live = Path(server.maps.path)
+    known: list[set[str]] = [set(), set()]
+    for checkpoint in (b, a):
+        assert server.update_weights_from_disk(checkpoint)[0] == 200
+        for rank, quiet in enumerate(reader.pull_repeatedly(live, 1, 60)):
+            known[rank].update(quiet["contents"])
+    assert [len(each) for each in known] == [2, 2]
+    over = threading.Event()
+    updates: list[int] = []
+
+    def update_without_pause() -> None:
+        while not over.is_set():
+            for checkpoint in (b, a):
+                updates.append(server.update_weights_from_disk(checkpoint)[0])
+
+    def stop_now_and_then() -> None:
+        pids = [pid_of(slot) for slot in server.maps.slots()]
+        while not over.wait(1.7):
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.3)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    threads = [threading.Thread(target=each) for each in (update_without_pause, stop_now_and_then)]
+    for thread in threads:
+        thread.start()
+    try:
+        said = reader.pull_repeatedly(live, PULLS, 150)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    print(f"{len(updates)} updates:", *said)
+    assert set(updates) == {200}
+    assert len(updates) >= 10
+    for rank, each in enumerate(said):
+        assert set(each["contents"]) <= known[rank], (each, known[rank])
+        assert sum(each["contents"].values()) >= PULLS / 10, each
+        assert each["raised"], "no pull met an update"
 
 
 def assert_stopped_is_told(server: HookedServer, reader: FarReader, copy: Path) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Optional
 
@@ -60,10 +60,10 @@ class _Engine:
 
     def _import(self) -> None:
         problems = []
+        _set_ucx_variables()
         for module in BY_NAME[NIXL].modules:
             try:
-                with _ucx_variables():
-                    self._bindings = importlib.import_module(f"{module}._bindings")
+                self._bindings = importlib.import_module(f"{module}._bindings")
                 self._module = module
                 return
             except Exception as error:
@@ -89,8 +89,7 @@ class _Engine:
             # A new name each time: what knows the old one must not reach the new one.
             self._agent_name = f"sglang-weight-hook-{os.getpid()}-{uuid.uuid4().hex[:12]}"
             agent = nixl.nixlAgent(self._agent_name, config)
-            with _ucx_variables():
-                self._backend = agent.createBackend(BACKEND, {})
+            self._backend = agent.createBackend(BACKEND, {})
         except Exception as error:
             raise EngineFailed(f"nixl's agent could not be opened: {_words(error)}") from error
         self._agent, self._metadata, self._spans = agent, None, set()
@@ -138,17 +137,14 @@ class _Engine:
         }
 
 
-@contextlib.contextmanager
-def _ucx_variables() -> Iterator[None]:
-    """Set what UCX is to read, and leave the environment as it was."""
-    wanted = _LOG if rdma_devices() else {**_LOG, **_NO_RDMA}
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+def _set_ucx_variables() -> None:
+    """Before UCX is loaded for the first time, and for good.
+
+    To take them back would change the environment while SGLang's threads may read it (`getenv` is
+    not safe beside `setenv`), for nothing: UCX has read them.
+    """
+    for name, value in (_LOG if rdma_devices() else {**_LOG, **_NO_RDMA}).items():
+        os.environ.setdefault(name, value)
 
 
 def _words(error: Exception) -> str:

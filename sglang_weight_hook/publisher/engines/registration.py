@@ -126,6 +126,10 @@ class Registration:
             self._publish(slot, known)
             self._publish_others()
 
+    def missed(self, slot: str, event: Event) -> None:
+        """As `before`, too late: what was asked meanwhile was asked of memory that may be gone."""
+        self.before(slot, event)
+
     def after(self, slot: str, document: Mapping[str, Any], diff: Diff) -> None:
         known = self._slots.setdefault(slot, _Slot())
         known.document = document
@@ -157,15 +161,17 @@ class Registration:
         known = self._slots.pop(slot, None)
         if known is None:
             return
-        if self._slots:
-            self._bring_up_to_date()
-        else:
-            # Also at the end of the process, where an engine whose threads still run was seen to
-            # crash in the destructors of its library.
-            self._headers.clear()
-            self._close()
-        known.held = []
-        self._publish_others()
+        try:
+            if self._slots:
+                self._bring_up_to_date()
+            else:
+                # Also at the end of the process, where an engine whose threads still run was seen
+                # to crash in the destructors of its library.
+                self._headers.clear()
+                self._close()
+        finally:
+            known.held = []
+            self._publish_others()
 
     # -- what is registered
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import json
 import stat
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,13 @@ def published(**more: Any) -> FakeRunner:
     load(runner)
     settle()
     return runner
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def regions(maps: Path, slot: str = "0") -> set[Span]:
@@ -369,3 +378,36 @@ def test_an_engine_closed_before_a_release_is_withdrawn_for_every_slot(
     )
     assert seen == [(None, None)]
     assert two.model is not None
+
+
+@pytest.mark.parametrize("fence", [True, False])
+def test_an_engine_that_is_late_at_a_release_withdraws_as_soon_as_it_is_back(
+    subscribed: Any, transport: Any, monkeypatch: pytest.MonkeyPatch, fence: bool
+) -> None:
+    engine = subscribed(survives=fence, fence=fence)
+    monkeypatch.setenv("SGLANG_WEIGHT_HOOK_SUBSCRIBER_TIMEOUT", "0.2")
+    settings._settings = None
+    runner = published()
+    wait_until(lambda: transport()["state"] == "registered")
+    was, entered, back = engine.exchange, threading.Event(), threading.Event()
+
+    def exchange(old: list[Span], new: list[Span]) -> None:
+        entered.set()
+        assert back.wait(20)
+        was(old, new)
+
+    engine.exchange = exchange
+    update(runner, during=lambda: move(runner))  # it hangs while it registers what has moved
+    assert entered.is_set()
+    engine.exchange = was
+    engine.calls.clear()
+    event("release_memory_occupation", "release", [runner], details=PHYSICAL)
+    back.set()
+    wait_until(lambda: transport()["state"] == "withdrawn")
+    # What it was late with, and then the withdrawal, which it did not wait for `after` with.
+    kinds = [kind for kind, _ in engine.calls]
+    assert kinds[:2] == (["exchange", "exchange"] if fence else ["exchange", "close"])
+    assert all(span.size <= 4096 for span in engine.registered)  # the header alone
+    event("resume_memory_occupation", "resume", [runner], details=PHYSICAL)
+    wait_until(lambda: transport()["state"] == "registered")
+    assert transport()["physical_epoch"] == 1

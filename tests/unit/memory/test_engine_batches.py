@@ -7,6 +7,8 @@ the real ones are in `test_engines.py`.
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,6 +172,28 @@ def test_a_failure_is_a_change_where_a_new_connection_finds_one(
     owner.regions = []
     with pytest.raises(Changed, match="is updating now"):
         memory.fetch([(owner.memory.address, 10)], memoryview(bytearray(10)))
+
+
+def test_a_failure_is_a_change_where_the_state_file_tells_one(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's engine is closed, and its transport document not yet written."""
+    memory = owner.open(monkeypatch)
+    owner.refuses = True
+    monkeypatch.setattr(Slot, "state_if_any", lambda self: {"state": "updating"})
+    with pytest.raises(Changed, match="slot 0 is updating now"):
+        memory.fetch([(owner.memory.address, 10)], memoryview(bytearray(10)))
+
+
+def test_closed_memory_keeps_no_connection(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = owner.open(monkeypatch)
+    connection = weakref.ref(memory._connection)
+    memory.close()
+    gc.collect()
+    assert connection() is None
+    with pytest.raises(NotReadable, match="is closed"):
+        memory.fetch([(owner.memory.address, 10)], memoryview(bytearray(10)))
+    memory.close()
 
 
 def test_a_torn_header_is_read_again_and_one_that_stays_torn_is_told(

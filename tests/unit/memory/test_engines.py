@@ -281,3 +281,45 @@ def test_memory_that_was_opened_often_keeps_no_descriptors(start: Start, engine:
 
     first = opened()
     assert opened() <= first
+
+
+# Ports that a process listens on, by inode of its descriptors.
+LISTENING = """
+import os
+def listening():
+    mine = {os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{n}")}
+    found = []
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/self/net/{table}") as file:
+            rows = [line.split() for line in file][1:]
+        found += [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+    return found
+"""
+WAITING_READER = """
+import importlib, sys, time, warnings
+warnings.simplefilter("ignore")
+from sglang_weight_hook import open_directory
+from sglang_weight_hook.memory.idle import Idle
+directory, engine = sys.argv[1:]
+reader = importlib.import_module(f"sglang_weight_hook.memory.{engine}")
+reader._idle = Idle(seconds=0.5)
+for _ in range(2):
+    with open_directory(directory).slot("0").read().open_memory(via=engine) as memory:
+        memory.read("columns")
+        assert listening()
+    deadline = time.monotonic() + 20
+    while listening():
+        assert time.monotonic() < deadline, listening()
+        time.sleep(0.05)
+print("closed")
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_reader_that_has_closed_its_memory_listens_nowhere(
+    start: Start, run_python: Callable[..., Any], engine: str
+) -> None:
+    owner = start(engine)
+    done = run_python("-c", LISTENING + WAITING_READER, owner.slot.directory, engine)
+    assert done.stdout.split()[-1] == "closed"
