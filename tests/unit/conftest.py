@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +28,9 @@ import sglang_weight_hook_patch_core as core  # noqa: E402
 from sglang_weight_hook.publisher import capture as capture_module  # noqa: E402
 from sglang_weight_hook.publisher import recorder, settings  # noqa: E402
 from sglang_weight_hook.publisher.devices import cuda_driver  # noqa: E402
+
+if TYPE_CHECKING:
+    from ended_command import Run
 
 
 def forget_everything() -> None:
@@ -136,6 +139,24 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     pretend("0.5.23")
     return pretend
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command as its entry point runs it, in this process."""
+    from ended_command import Ended
+
+    from sglang_weight_hook.commands import entry
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sglang-weight-hook", *map(str, arguments)])
+        status = entry.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Ended(status, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

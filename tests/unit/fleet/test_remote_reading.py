@@ -25,25 +25,6 @@ Publish = Callable[..., Publisher]
 Serve = Callable[..., Agent]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    import sys
-
-    from ended_command import Ended
-
-    from sglang_weight_hook.commands import entry
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["sglang-weight-hook", *map(str, arguments)])
-        status = entry.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Ended(status, captured.out, captured.err)
-
-    return run
-
-
 def later(seconds: float, what: Callable[[], Any]) -> None:
     timer = threading.Timer(seconds, what)
     timer.daemon = True

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,23 +23,6 @@ if TYPE_CHECKING:
     from ended_command import Run
 
 PREFIX = "/sglang-weight-hook/v1/"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    from ended_command import Ended
-
-    from sglang_weight_hook.commands import entry
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["sglang-weight-hook", *map(str, arguments)])
-        status = entry.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Ended(status, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(autouse=True)
