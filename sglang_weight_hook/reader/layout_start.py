@@ -16,11 +16,14 @@ from .errors import HookError
 from .files import check_schema, open_regular, read_json
 
 if TYPE_CHECKING:
+    from .document import Document
     from .slot import Slot
 
 _FIRST_BYTES = 16 * 1024
 _MOST_BYTES = 1024 * 1024  # ahead of the tensors is also a list of the KV cache's buffers
 _LAST = ("regions", "tensors")  # where the long part of a layout begins
+# Of `memory`: what a release since 0.2 says that the document's storages add up to, in bytes.
+_SUMS = ("weights_bytes", "lora_bytes", "kv_cache_bytes", "off_device_bytes")
 
 
 def start_of_layout(slot: Slot) -> dict[str, Any]:
@@ -54,6 +57,27 @@ def start_of_layout(slot: Slot) -> dict[str, Any]:
         return {}
     check_schema(whole, SCHEMA, path)
     return whole
+
+
+def has_all_sums(document: Document) -> bool:
+    """Whether the document says what its storages add up to, as releases before 0.2 do not."""
+    return all(type(document.memory.get(name)) is int for name in _SUMS)
+
+
+def is_whole(path: str) -> bool:
+    """Whether a file ends as a JSON object does; where it cannot be read, whoever reads says so."""
+    try:
+        descriptor = open_regular(path)
+    except HookError:
+        return False
+    if descriptor is None:
+        return False
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            file.seek(max(file.seek(0, os.SEEK_END) - 64, 0))
+            return file.read().rstrip().endswith(b"}")
+        except OSError:
+            return False
 
 
 def _fields_ahead(data: bytes) -> dict[str, Any] | None:

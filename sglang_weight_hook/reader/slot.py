@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Optional, Union
 
 from ..layout import files
@@ -23,7 +23,7 @@ from .files import check_schema, file_name, open_regular, read_json, read_value
 from .findings import Unreadable
 from .header import HeaderReader
 from .history import History
-from .layout_start import start_of_layout
+from .layout_start import has_all_sums, is_whole, start_of_layout
 from .ownership import ABSENT, UNKNOWN, Liveness, liveness, lock_at, process_of, same_instance
 from .watch import DirectoryWatch
 
@@ -81,6 +81,33 @@ class Slot:
         well be ``updating``: then the addresses are those from before the update.
         Raises HookError.
         """
+        return self._settled(self._layout, timeout)
+
+    def read_for_sums(self, is_alone: bool) -> Document:
+        """As `read`, for `totals` alone: of the tensors no more than that takes.
+
+        ``is_alone``: no other slot is of the same process, and so none has a storage in common
+        with this one.  Raises HookError.
+        """
+        if is_alone:
+            found = self._settled(self._start_with_sums, 10.0)
+            if has_all_sums(found):
+                return found
+        return self.read()
+
+    def _layout(self) -> Optional[dict[str, Any]]:
+        layout = read_json(self.path(files.LAYOUT))
+        if layout is not None:
+            check_schema(layout, SCHEMA, self.path(files.LAYOUT))
+        return layout
+
+    def _start_with_sums(self) -> Optional[dict[str, Any]]:
+        """What a layout says ahead of its tensors; all of it where it seems to be cut off."""
+        path = self.path(files.LAYOUT)
+        return (start_of_layout(self) if is_whole(path) else self._layout()) or None
+
+    def _settled(self, read: Callable[[], Optional[dict[str, Any]]], timeout: float) -> Document:
+        """`read`, with the layout that ``read`` gives."""
         deadline = time.monotonic() + timeout
         patience = time.monotonic() + _NO_LAYOUT
         pause = 0.001
@@ -90,9 +117,8 @@ class Slot:
                 pause = min(pause * 2, 0.05)
                 continue
             before = self.read_state()
-            layout = read_json(self.path(files.LAYOUT))
+            layout = read()
             if layout is not None:
-                check_schema(layout, SCHEMA, self.path(files.LAYOUT))
                 after = self.read_state()
                 if belong_together(before, layout, after):
                     return Document(self, layout, after)
@@ -112,14 +138,6 @@ class Slot:
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
-
-    def read_for_sums(self, is_alone: bool) -> Document:
-        """As `read`, for `totals` alone: of the tensors no more than that takes.
-
-        ``is_alone``: no other slot is of the same process, and so none has a storage in common
-        with this one.  Raises HookError.
-        """
-        return self.read()
 
     def start_of_layout(self) -> dict[str, Any]:
         """The fields of the layout ahead of its regions and tensors; empty without a layout.

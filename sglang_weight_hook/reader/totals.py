@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Optional
 from ..layout import accounting
 from .document import Document
 from .errors import HookError
+from .layout_start import has_all_sums
 
 # Of the layout's `memory`: what only the process itself can tell.
 _PROCESS_FIGURES = ("other_live_bytes", "reserved_free_bytes")
@@ -94,8 +95,7 @@ def without_tensors(document: Document) -> Document:
 
     All of it where it does not say by itself what its storages add up to, as of release 0.1.
     """
-    names = (*_NAMED, "off_device_bytes")
-    if not all(type(document.memory.get(name)) is int for name in names):
+    if not has_all_sums(document):
         return document
     raw = {name: value for name, value in document.raw.items() if name not in _LONG}
     return Document(document.slot, raw, document.state, document.is_live)

@@ -29,13 +29,22 @@ def free_port() -> int:
 
 
 class EtcdServer:
-    def __init__(self, folder: Path, certificate: Path | None = None, key: Path | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        clients: Path | None = None,
+        host: str = "127.0.0.1",
+    ):
+        """``clients``: the authority of client certificates, without which nobody is let in."""
         if ETCD is None:
             pytest.skip("no etcd here: install Debian's etcd-server")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         scheme = "http" if certificate is None else "https"
-        self.url = f"{scheme}://127.0.0.1:{free_port()}"
+        self.host = host
+        self.url = f"{scheme}://{host}:{free_port()}"
         peer = f"http://127.0.0.1:{free_port()}"
         self._command = [
             *(ETCD, "--data-dir", str(folder / "data"), "--log-level", "error"),
@@ -45,6 +54,8 @@ class EtcdServer:
         ]
         if certificate is not None:
             self._command += ["--cert-file", str(certificate), "--key-file", str(key)]
+        if clients is not None:
+            self._command += ["--client-cert-auth", "--trusted-ca-file", str(clients)]
         self.start()
 
     def start(self) -> None:
@@ -54,7 +65,7 @@ class EtcdServer:
         deadline = time.monotonic() + 30
         while True:
             try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
+                socket.create_connection((self.host, port), 1).close()
                 break
             except OSError:
                 assert self.process.poll() is None, (self.folder / "log").read_text()
@@ -68,6 +79,7 @@ class EtcdServer:
     def stop(self) -> None:
         """Let it stand still: connections are accepted, and nobody is answered."""
         os.kill(self.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)  # all of its threads
 
     def go_on(self) -> None:
         os.kill(self.process.pid, signal.SIGCONT)

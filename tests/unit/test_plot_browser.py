@@ -343,7 +343,7 @@ def test_areas_are_bytes(show: Show, layers: int, experts: int, size: str) -> No
 
 PLACES = """
 const places = {};
-for (let y = 1; y < map.clientHeight; y += 3) for (let x = 1; x < map.clientWidth; x += 3) {
+for (let y = 1; y < map.clientHeight; y += 6) for (let x = 1; x < map.clientWidth; x += 6) {
   on("mousemove", x, y);
   const layer = tip().querySelector("b").textContent.match(/layers\\.(\\d+)/);
   if (!layer) continue;

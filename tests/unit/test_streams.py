@@ -344,8 +344,12 @@ def test_no_thread_can_be_started_and_sglang_goes_on(
 
 
 def test_a_child_forked_inside_a_stream_leaves_it_to_its_parent(
-    runner: FakeRunner, maps: Path
+    quiet: Callable[[float], None], maps: Path
 ) -> None:
+    quiet(1500)  # a fork takes long on a busy machine
+    runner = FakeRunner(a_model())
+    load(runner)
+    settle()
     stream(runner)
     child = os.fork()
     if child == 0:
