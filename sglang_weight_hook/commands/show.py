@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
@@ -55,7 +56,11 @@ _Role = Annotated[
 _Layer = Annotated[Optional[int], typer.Option(help="Only tensors of layer N.", metavar="N")]
 _Top = Annotated[Optional[int], typer.Option(help="Only the first N tensors.", metavar="N", min=1)]
 _By = Annotated[
-    Optional[str], typer.Option(help="Only sums, by role, layer or dtype.", metavar="KEY")
+    Optional[str],
+    typer.Option(
+        help="Only the sums of the tensors of each role, layer or dtype; KEY is one of these three.",
+        metavar="KEY",
+    ),
 ]
 
 
@@ -80,7 +85,11 @@ def show(
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """List the tensors of a slot: address, size, type, shape, name."""
+    """List the tensors of a slot: address, size, type, shape, name.
+
+    A terminal that is too narrow leaves out type, then shape, and cuts long names in their middle;
+    -o wide shows all.  A storage that several tensors share counts once in the sums.
+    """
     if sort not in (None, *_ORDERS):
         raise Misused(f"--sort {sort} is not known; give name, address or size")
     if role not in (None, *ROLES):
@@ -123,7 +132,24 @@ def show(
         f"{count} tensors, {size_text(summed['bytes'])} in storages of "
         f"{size_text(summed['storage_bytes'])}; {standing(document)}"
     )
+    if every and not chosen:
+        remark(_why_none(every, match))
     return status
+
+
+def _why_none(every: list[Tensor], match: Optional[str]) -> str:
+    """Why no tensor is listed, and what to ask for instead."""
+    if match is None or any(is_wanted(tensor, match) for tensor in every):
+        return (
+            "no tensor is of the role, layer and name asked for; `--by role` and `--by layer` list "
+            "what there is"
+        )
+    wider = f"*{match.strip('*')}*"
+    if glob.has_magic(match) and any(is_wanted(tensor, wider) for tensor in every):
+        hint = f"a pattern is for the whole name: --match '{wider}' finds some"
+    else:
+        hint = "upper and lower case differ; `sglang-weight-hook show` lists all"
+    return f"no tensor has a name like {match}; {hint}"
 
 
 def _sums(chosen: list[Tensor], of: int) -> dict[str, int]:
@@ -159,8 +185,8 @@ def _print_groups(form: Form, by: str, groups: list[dict[str, Any]]) -> None:
     columns = [
         Column(by, right=by == "layer"),
         Column("tensors", right=True),
-        Column("bytes", right=True),
-        Column("in storages of", right=True),
+        Column("size", right=True),
+        Column("storage size", right=True),
     ]
     rows = [
         [

@@ -118,6 +118,17 @@ def test_match_is_by_a_part_unless_it_is_a_pattern(run: Run, layout: Any) -> Non
     assert run("show", "--json", "--match", "mlp*").json["tensors"] == {}
 
 
+def test_show_says_why_it_lists_nothing(run: Run, layout: Any) -> None:
+    name = next(iter(layout["tensors"]))
+    cut = run("show", "--match", "*" + name[1:-1])  # a pattern that stops short of the name's end
+    assert (cut.status, cut.rows[1:]) == (0, [])
+    assert f"--match '*{name[1:-1]}*' finds some" in cut.err
+    assert len(run("show", "--match", f"*{name[1:-1]}*").rows) > 1
+    assert "no tensor has a name like nonsense" in run("show", "--match", "nonsense").err
+    assert "--by layer" in run("show", "--layer", 99).err
+    assert "no tensor" not in run("show", "--match", name).err
+
+
 @pytest.mark.parametrize("by", ["role", "layer", "dtype"])
 def test_show_adds_up(by: str, run: Run, layout: Any) -> None:
     ended = run("show", "--by", by, "--json").json
