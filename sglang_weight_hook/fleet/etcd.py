@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from ..layout.location import without_user
 from ..reader import HookError
+from .certificates import ANONYMOUS, advice, is_about_common_name
 
 PREFIX = "/sglang-weight-hook/v1/"
 DEFAULT_PORT = 2379
@@ -224,7 +225,12 @@ class Etcd:
                     last = error
             self._endpoints.append(self._endpoints.pop(0))
         names = ", ".join(map(str, self._endpoints))
-        raise EtcdUnreachable(f"etcd at {names} does not answer ({_reason(last)})") from last
+        what = None
+        if any(endpoint.is_tls for endpoint in self._endpoints):
+            what = advice(last, "--etcd-ca", "--etcd-cert and --etcd-key")
+        raise EtcdUnreachable(
+            f"etcd at {names} does not answer ({_reason(last)}){f'; {what}' if what else ''}"
+        ) from last
 
     def _ask(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         if self._user is not None and self._token is None:
@@ -253,7 +259,12 @@ class Etcd:
             if "authentication is not enabled" in text:
                 self._token = ""  # then nobody is asked for one
                 return
-            raise EtcdError(f"etcd does not let user {self._user} in: {text}")
+            if text == ANONYMOUS:
+                raise EtcdError(text)
+            raise EtcdError(
+                f"etcd does not let user {self._user} in ({text}); check --etcd-user and "
+                f"--etcd-password-file"
+            )
         self._token = str(json.loads(body)["token"])
 
     def _send(
@@ -267,15 +278,26 @@ class Etcd:
 
     def _refused(self, status: int, body: bytes) -> NoReturn:
         code, text = _error_in(body)
+        if text == ANONYMOUS:
+            raise EtcdError(text)
         if any(words in text for words in _STALE_TOKENS):
             if self._user is not None:
                 raise _TokenIsStale(text)
-            raise EtcdError(f"etcd wants a user and a password ({text})")
+            raise EtcdError(
+                f"etcd wants a user and a password ({text}); give --etcd-user and "
+                f"--etcd-password-file"
+            )
         if code == _NOT_FOUND and "lease" in text:
             raise LeaseGone(text)
         if code == _DENIED:
-            who = f"user {self._user}" if self._user is not None else "you"
-            raise EtcdError(f"etcd does not allow that to {who}: {text}; grant {PREFIX}")
+            if self._user is None:
+                raise EtcdError(
+                    f"etcd wants a user who may have {PREFIX} ({text}); give --etcd-user and "
+                    f"--etcd-password-file"
+                )
+            raise EtcdError(
+                f"etcd does not allow that to user {self._user}: {text}; grant {PREFIX}"
+            )
         raise EtcdError(f"etcd answers {status}: {text}")
 
 
@@ -391,6 +413,8 @@ def _end_of(prefix: str) -> bytes:
 
 
 def _error_in(body: bytes) -> tuple[int, str]:
+    if is_about_common_name(body):
+        return 0, ANONYMOUS
     try:
         answer = json.loads(body)
         text = answer.get("error") or answer.get("message") or ""

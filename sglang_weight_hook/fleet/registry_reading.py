@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..reader import HookError, Unreachable
 from .access import ETCD_PASSWORD, ETCD_USER, Access
+from .certificates import ANONYMOUS, is_about_common_name
 from .identity import Identity
 from .remote_agent import is_name
 from .wire import Answer, Peer
@@ -116,6 +117,7 @@ class Registry:
         asked = {"name": self._access.user, "password": self._access.password or ""}
         self._token = None
         answer = self._posted(peer, "/v3/auth/authenticate", asked)
+        _raise_if_named(peer, answer)
         if answer.status in (400, 401, 403):
             raise HookError(
                 f"{peer.url} does not let user {self._access.user!r} in; check {ETCD_USER} and "
@@ -136,7 +138,13 @@ class Registry:
         return self._peers[0].unreachable(f"the answer is not etcd's: {why}")
 
 
+def _raise_if_named(peer: Peer, answer: Answer) -> None:
+    if answer.status == 400 and is_about_common_name(answer.body):
+        raise HookError(f"{peer.url} does not let its registry be read: {ANONYMOUS}")
+
+
 def _good(peer: Peer, answer: Answer) -> dict[str, Any]:
+    _raise_if_named(peer, answer)
     try:
         found = json.loads(answer.body)
     except (ValueError, RecursionError) as error:

@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 
 from ..layout.location import without_user
 from ..reader import HookError, Unreachable
+from .access import CA_FILE, CERT_FILE, KEY_FILE
+from .certificates import HANG_UPS, advice
 
 if TYPE_CHECKING:
     import ssl
@@ -210,7 +212,7 @@ class Peer:
                     except BaseException:
                         response.close()
                         raise
-                except (http.client.RemoteDisconnected, ConnectionError, BrokenPipeError):
+                except HANG_UPS:
                     connection.close()
                     if is_new or body is not None:
                         raise
@@ -314,12 +316,16 @@ class Peer:
             raise self.unreachable(why) from error
         except (OSError, http.client.HTTPException, zlib.error, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise self.unreachable(why) from error
+            what = None
+            if self.is_encrypted:
+                what = advice(error, CA_FILE, f"{CERT_FILE} and {KEY_FILE}")
+            raise self.unreachable(why, what) from error
 
-    def unreachable(self, why: str) -> Unreachable:
+    def unreachable(self, why: str, what_to_do: Optional[str] = None) -> Unreachable:
+        what_to_do = what_to_do or "check that it runs and that the address is right"
         return Unreachable(
             f"{self.url} does not answer as it should ({why[:200]}), so nothing is known of what "
-            f"it has; check that it runs and that the address is right"
+            f"it has; {what_to_do}"
         )
 
 

@@ -93,7 +93,9 @@ class EtcdServer:
             return json.load(response)
 
 
-def a_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
+def a_certificate(
+    folder: Path, name: str = "localhost", has_common_name: bool = True
+) -> tuple[Path, Path]:
     """A self-signed certificate for this machine, and its key (PEM)."""
     openssl = shutil.which("openssl")
     if openssl is None:
@@ -103,7 +105,7 @@ def a_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
     subprocess.run(
         [
             *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
-            *("-nodes", "-days", "2", "-subj", f"/CN={name}"),
+            *("-nodes", "-days", "2", "-subj", f"/{'CN' if has_common_name else 'O'}={name}"),
             *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
             *("-keyout", str(key), "-out", str(certificate)),
         ],
