@@ -15,6 +15,8 @@ from contextlib import contextmanager
 # Of one run of the tests, for another one may go on beside it.
 HERE, THERE = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
 
+_NAMES = tuple(f"swh{kind}{os.getpid()}" for kind in ("n", "a", "b"))
+
 
 class NoNamespaces(Exception):
     """Why there can be none."""
@@ -25,7 +27,7 @@ def second_namespace() -> Iterator[list[str]]:
     """What to put before a command for it to run there.  Raises NoNamespaces."""
     if shutil.which("ip") is None:
         raise NoNamespaces("there is no `ip` (iproute2)")
-    name, here, there = (f"swh{kind}{os.getpid()}" for kind in ("n", "a", "b"))
+    name, here, there = _NAMES
     _ip("netns", "add", name)
     try:
         _ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
@@ -40,6 +42,22 @@ def second_namespace() -> Iterator[list[str]]:
             subprocess.run(["ip", "link", "del", here], check=False)
     finally:
         subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@contextmanager
+def link_cut(end: str) -> Iterator[None]:
+    """Nothing passes between the two.
+
+    With the end ``"here"`` what is sent there goes nowhere, as with a switch that has died; with
+    ``"there"`` whoever sends is told that there is no network.
+    """
+    name, here, there = _NAMES
+    command = ("link", "set", here) if end == "here" else ("-n", name, "link", "set", there)
+    _ip(*command, "down")
+    try:
+        yield
+    finally:
+        _ip(*command, "up")
 
 
 def _ip(*arguments: str) -> None:

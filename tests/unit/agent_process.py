@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,9 +133,12 @@ class Agent:
     """``sglang-weight-hook serve``, until it is ended.
 
     ``before``: code that runs first in its process, to shorten times that are long for a test.
+    ``prefix``: what its command begins with, to run it elsewhere.
     """
 
-    def __init__(self, folder: Path, *arguments: object, before: str = "") -> None:
+    def __init__(
+        self, folder: Path, *arguments: object, before: str = "", prefix: Sequence[str] = ()
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / f"agent-{time.monotonic_ns()}.log"
         code = f"import sys\n{before}\nfrom sglang_weight_hook.commands.entry import main\n"
@@ -144,7 +147,7 @@ class Agent:
         environment["PYTHONPATH"] = str(ROOT)
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, "serve", "--port", "0", *map(str, arguments)],
+                [*prefix, sys.executable, "-c", code, "serve", "--port", "0", *map(str, arguments)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -158,6 +161,7 @@ class Agent:
             raise AssertionError(self.said())
         self.scheme, self.port = found[1], int(found[3])
         self.url = f"{self.scheme}://{found[2]}:{self.port}"
+        self.host = found[2] if prefix else "127.0.0.1"
         self.context: ssl.SSLContext | None = None
         self.token: str | None = None
 
@@ -166,7 +170,7 @@ class Agent:
             return http.client.HTTPSConnection(
                 "localhost", self.port, timeout=timeout, context=self.context
             )
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
         """``headers``: with _ for -."""
