@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..reader import Directory, Document, HookError, Slot, totals
+from ..reader import Directory, Document, HookError, Slot, open_file, totals
+from ..reader.directory import slot_order
 from ..reader.ownership import process_of
 from ..reader.slot_names import some_of
 from .app import ACT, NO_ANSWER, Misused, command
@@ -21,7 +22,8 @@ from .output import asked_form
 from .render.output import TABLE, WIDE, Form, print_answer
 from .render.table import Column
 from .render.text import complain, console, print_json, printable, remark, size_text
-from .selection import heading, stale_status_of_all, why_stale
+from .selection import heading, is_path, stale_status_of_all, why_stale
+from .slot_choice import slots_and_files_named
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,16 +32,26 @@ if TYPE_CHECKING:
 _Gone = Annotated[
     bool, typer.Option("--gone", help="Also count stale slots, whose owner has exited.")
 ]
+_Slots = Annotated[
+    Optional[list[str]],
+    typer.Argument(
+        metavar="SLOT",
+        show_default=False,
+        help="Slots (0, 0_draft, ...) or saved layout files; default: all slots.",
+        autocompletion=slots_and_files_named,
+    ),
+]
 _Watch = Annotated[bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")]
 
 
 @command(
     "report",
     "sglang-weight-hook report\n"
-    "sglang-weight-hook report --watch\n"
+    "sglang-weight-hook report 0 0_draft --watch\n"
     "sglang-weight-hook report --dir '/shared/maps/*' --json",
 )
 def report(
+    slots: _Slots = None,
     directories: DirsOption = None,
     count_stale: _Gone = False,
     watch: _Watch = False,
@@ -48,20 +60,31 @@ def report(
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Add up each GPU's memory: weights, KV cache, other use, free.
+    """Add up each GPU's memory: weights, KV cache, the rest of what is used, free.
 
     A storage that a draft shares with its target is counted once.  Exit status 3 if a slot is
     stale, so left out unless --gone counts it, or is not ready, or cannot be read.
     """
     form = asked_form(output, as_json, no_headers)
-    asked = directories_of(directories)
+    saved = [_Accounted.saved(name) for name in slots or () if is_path(name)]
+    names = {name for name in slots or () if not is_path(name)}
+    asked = [] if saved and not names else directories_of(directories)
     if watch:
-        if form.name not in (TABLE, WIDE):
-            raise Misused(f"--watch prints tables, no {form.name}; `watch --json` prints events")
-        _watch(asked, count_stale)
+        if form.name not in (TABLE, WIDE) or saved:
+            raise Misused(
+                "--watch prints tables of live slots; `sglang-weight-hook watch --json` prints "
+                "events, and a saved file never changes"
+            )
+        _watch(asked, names, count_stale)
         return 0
+    found, unreadable = _accounted(asked, names, count_stale, not saved)
+    return _print(form, asked, [*saved, *found], unreadable, allow_stale)
+
+
+def _print(
+    form: Form, asked: list[Directory], slots: list[_Accounted], unreadable: int, allow_stale: bool
+) -> int:
     status = 0
-    slots, unreadable = _accounted(asked, count_stale)
     for slot in slots:
         if slot.is_unreadable:
             complain(f"slot {slot.name} in {slot.directory} is left out: {slot.why_not}")
@@ -81,7 +104,7 @@ def report(
     if form.is_json:
         print_json(
             {
-                "gpus": [{**gpu.as_dict(), "rest": _other(gpu)} for gpu in gpus],
+                "gpus": [_record(gpu) for gpu in gpus],
                 "total": _total(total),
                 "slots": [slot.as_dict() for slot in slots],
             }
@@ -89,6 +112,8 @@ def report(
         return status
     if not gpus:
         if slots:
+            if form.name not in (TABLE, WIDE):
+                _print_gpus(form, gpus, total)  # a program gets its headers, also of no GPU
             return status
         where = ", ".join(found.path for found in asked)
         raise HookError(
@@ -99,19 +124,43 @@ def report(
     return status
 
 
+# Figures have the names that docs/format.md gives them in a layout.
+_NAMES = {
+    "uuid": "gpu_uuid",
+    "weights": "weights_bytes",
+    "lora": "lora_bytes",
+    "kv_cache": "kv_cache_bytes",
+    "rest": "rest_bytes",
+    "other_live": "other_live_bytes",
+    "reserved_free": "reserved_free_bytes",
+    "outside": "other_bytes",
+    "unbacked": "unbacked_bytes",
+    "released": "released_bytes",
+    "elsewhere": "off_device_bytes",
+    "free": "device_free_bytes",
+    "total": "device_total_bytes",
+}
+_OF_ONE = ("hostname", "gpu_id", "gpu_uuid", "device")
+_FIELDS = (*("hostname", "gpu_id", "gpu_uuid", "device", "slots"), *list(_NAMES.values())[1:])
+
+
+def _record(gpu: totals.Gpu) -> dict[str, Any]:
+    figures = {**gpu.as_dict(), "rest": _rest(gpu)}
+    return {_NAMES.get(name, name): value for name, value in figures.items()}
+
+
 def _total(total: totals.Gpu) -> dict[str, Any]:
     """Of all devices, so without what names one."""
-    figures = {name: value for name, value in total.as_dict().items() if name not in _NAMES_OF_ONE}
-    return {"gpus": total.gpu_id, **figures, "rest": _other(total)}
+    figures = {name: value for name, value in _record(total).items() if name not in _OF_ONE}
+    return {"gpus": total.gpu_id, **figures}
 
 
-_NAMES_OF_ONE = ("hostname", "gpu_id", "uuid", "device")
+def _accounted(
+    asked: list[Directory], names: set[str], count_stale: bool, are_all: bool
+) -> tuple[list[_Accounted], int]:
+    """The slots of all directories, or those with ``names``; how many directories can't be read.
 
-
-def _accounted(asked: list[Directory], count_stale: bool) -> tuple[list[_Accounted], int]:
-    """The slots of all directories, and how many directories cannot be read.
-
-    Raises HookError where it is the only one.
+    Raises HookError where it is the only one, or where no directory has a slot of a name.
     """
     slots: list[Slot] = []
     unreadable = 0
@@ -123,8 +172,19 @@ def _accounted(asked: list[Directory], count_stale: bool) -> tuple[list[_Account
             unreadable += 1
         else:
             slots += listed
-    processes = _Processes(slots)
+    processes = _Processes(slots, are_all)
+    slots = _named(slots, names, asked)
     return for_each(functools.partial(_accounted_slot, count_stale, processes), slots), unreadable
+
+
+def _named(slots: list[Slot], names: set[str], asked: list[Directory]) -> list[Slot]:
+    """The slots with one of ``names``; all where none is named.  Raises HookError."""
+    missing = sorted(names - {slot.name for slot in slots}, key=slot_order)
+    if missing:
+        where = ", ".join(found.path for found in asked)
+        has = f"it has {some_of([slot.name for slot in slots])}" if slots else "it has none"
+        raise HookError(f"there is no slot {some_of(missing)} in {where}; {has}")
+    return [slot for slot in slots if slot.name in names] if names else slots
 
 
 def _accounted_slot(count_stale: bool, processes: _Processes, slot: Slot) -> _Accounted:
@@ -138,14 +198,16 @@ def _accounted_slot(count_stale: bool, processes: _Processes, slot: Slot) -> _Ac
 class _Processes:
     """How many of some slots each process publishes: several may share storages."""
 
-    def __init__(self, slots: list[Slot]) -> None:
+    def __init__(self, slots: list[Slot], are_all: bool = True) -> None:
+        """``are_all``: false where further documents are added up, of whatever process."""
+        self._are_all = are_all
         self._of = {(slot.directory, slot.name): self._process(slot) for slot in slots}
         self._counts = Counter(self._of.values())
 
     def has_only(self, slot: Slot) -> bool:
         """Whether the process of ``slot`` publishes no other; false where that is not known."""
         process = self._of[slot.directory, slot.name]
-        return process is not None and self._counts[process] == 1
+        return self._are_all and process is not None and self._counts[process] == 1
 
     @staticmethod
     def _process(slot: Slot) -> Optional[tuple[Any, ...]]:
@@ -196,9 +258,19 @@ class _Accounted:
         except HookError as error:
             self.why_not, self.is_unreadable = str(error), True
 
+    @classmethod
+    def saved(cls, path: str) -> _Accounted:
+        """A saved layout, which has no owner.  Raises HookError."""
+        found = cls.__new__(cls)
+        found.document = open_file(path)
+        totals.per_gpu([found.document])
+        found.name, found.directory = found.document.slot.name, found.document.slot.directory
+        found.alive, found.why_not, found.is_unreadable = None, None, False
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
-            "dir": self.directory,
+            "directory": self.directory,
             "owner_alive": self.alive,
             "slot": self.name,
             "counted": self.document is not None,
@@ -212,25 +284,18 @@ class _Accounted:
         return entry
 
 
-_FIELDS = (
-    *("hostname", "gpu_id", "uuid", "device", "slots", "weights", "lora", "kv_cache", "rest"),
-    *("other_live", "reserved_free", "outside", "unbacked", "released", "elsewhere"),
-    *("free", "total"),
-)
-
-
 def _table(gpus: list[totals.Gpu], total: totals.Gpu) -> tuple[list[Column], list[list[str]]]:
     """A row a GPU and, of several, their sum."""
     lora = any(gpu.lora for gpu in gpus)
     columns = [Column("GPU"), Column("weights", right=True)]
     columns += [Column("LoRA", right=True)] if lora else []
-    columns += [Column(name, right=True) for name in ("KV cache", "other", "free", "total")]
+    columns += [Column(name, right=True) for name in ("KV cache", "rest", "free", "total")]
     columns += [Column("slots")]
     rows = []
     for gpu in [*gpus, total] if len(gpus) > 1 else gpus:
         row = ["total" if gpu is total else printable(gpu.label), size_text(gpu.weights)]
         row += [size_text(gpu.lora)] if lora else []
-        row += [size_text(gpu.kv_cache), *map(size_text, (_other(gpu), gpu.free, gpu.total))]
+        row += [size_text(gpu.kv_cache), *map(size_text, (_rest(gpu), gpu.free, gpu.total))]
         row += [str(len(gpu.slots)) if gpu is total else printable(" ".join(gpu.slots))]
         rows.append(row)
     return columns, rows
@@ -239,29 +304,28 @@ def _table(gpus: list[totals.Gpu], total: totals.Gpu) -> tuple[list[Column], lis
 def _print_gpus(form: Form, gpus: list[totals.Gpu], total: totals.Gpu) -> None:
     columns, rows = _table(gpus, total)
     # Programs add up by themselves: a record of the sum would be counted twice.
-    records = [{**gpu.as_dict(), "rest": _other(gpu)} for gpu in gpus]
-    print_answer(form, columns, rows, records, _FIELDS)
+    print_answer(form, columns, rows, [_record(gpu) for gpu in gpus], _FIELDS)
     if total.released:
         remark(
             f"{size_text(total.released)} of these are released: addresses without physical memory"
         )
     if total.elsewhere:
         remark(f"{size_text(total.elsewhere)} of weights lie on another device (offloaded)")
-    if total.total is None:
+    if total.total is None and form.name in (TABLE, WIDE):
         remark("-: unknown; only CUDA devices report total and free memory")
 
 
-def _watch(asked: list[Directory], count_stale: bool, pause: float = 1.0) -> None:
+def _watch(asked: list[Directory], names: set[str], count_stale: bool, pause: float = 1.0) -> None:
     """The table, drawn again every second until Ctrl-C; one that is not read is below it."""
     from rich.live import Live
 
     with Live(console=console(), auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
-            live.update(_picture(asked, count_stale), refresh=True)
+            live.update(_picture(asked, names, count_stale), refresh=True)
             time.sleep(pause)
 
 
-def _picture(asked: list[Directory], count_stale: bool) -> RenderableType:
+def _picture(asked: list[Directory], names: set[str], count_stale: bool) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -274,6 +338,7 @@ def _picture(asked: list[Directory], count_stale: bool) -> RenderableType:
         else:
             found += listed
     processes = _Processes(found)
+    found = [slot for slot in found if not names or slot.name in names]
     slots = [_Accounted(slot, count_stale, processes.has_only(slot)) for slot in found]
     for slot in slots:
         why = slot.why_not if slot.document is None else why_stale(slot.document)
@@ -289,7 +354,7 @@ def _picture(asked: list[Directory], count_stale: bool) -> RenderableType:
     return Group(table, *(Text(printable(line), style="bold red") for line in told))
 
 
-def _other(gpu: totals.Gpu) -> Optional[int]:
+def _rest(gpu: totals.Gpu) -> Optional[int]:
     """Used memory that is neither weights, LoRA pool nor KV cache."""
     if gpu.total is None or gpu.free is None:
         return None

@@ -58,7 +58,7 @@ _Top = Annotated[Optional[int], typer.Option(help="Only the first N tensors.", m
 _By = Annotated[
     Optional[str],
     typer.Option(
-        help="Only the sums of the tensors of each role, layer or dtype; KEY is one of these three.",
+        help="Only the sums for each KEY: role, layer or dtype.",
         metavar="KEY",
     ),
 ]

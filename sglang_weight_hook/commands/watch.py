@@ -53,9 +53,10 @@ def watch(
 
     Starts with a line for the present state of each slot.  Events in quick succession may
     share a line.  Exit status 3 if --timeout ends it before --count is reached, or if a slot cannot
-    be read and so is left out.
+    be read and so is left out; 1 if --timeout ends it before there was a slot.
     """
     seen = 0
+    were_any = False
     left_out: set[str] = set()
     found = directory_at(directory)
     _say_what_is_waited_for(found, slot)
@@ -63,6 +64,7 @@ def watch(
         for change in found.events(timeout):
             if slot is not None and change.slot.name != slot:
                 continue
+            were_any = True
             if change.problem is not None:
                 complain(change.problem)
                 left_out.add(change.slot.name)
@@ -81,19 +83,25 @@ def watch(
                 return ACT if left_out else 0
     except KeyboardInterrupt:
         return ACT if left_out else 0
+    if not were_any:
+        what = "no slot" if slot is None else f"no slot {slot}"
+        raise HookError(
+            f"{what} was published in {found.path} within {timeout or 0:g} s; check --dir and that "
+            f"the server has loaded its model"
+        )
     return ACT if left_out or count is not None else 0
 
 
 def _say_what_is_waited_for(found: Directory, slot: Optional[str]) -> None:
-    """On stderr, where there is nothing to print yet: silence looks like a command that hangs."""
+    """On stderr, where nothing can be printed yet: silence looks like a command that hangs."""
     try:
         names = [each.name for each in found.slots()]
     except HookError:
         complain(f"{found.path} does not exist or cannot be read yet; waiting for a server there")
         return
     if not names or (slot is not None and slot not in names):
-        what = "a slot" if slot is None else f"slot {slot}"
-        complain(f"{what} is not published in {found.path} yet; waiting for a server to load")
+        what = "no slot" if slot is None else f"no slot {slot}"
+        complain(f"{what} is published in {found.path} yet; waiting for a server to load its model")
 
 
 def _change(change: Change) -> dict[str, Any]:

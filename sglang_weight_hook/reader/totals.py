@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 from ..layout import accounting
+from .directory import slot_order
 from .document import Document
 from .errors import HookError
 from .layout_start import has_all_sums
@@ -187,7 +188,7 @@ def _sum(documents: list[Document]) -> Gpu:
         gpu_id=_gpu_id(last),
         uuid=_text(last.identity.get("gpu_uuid")) or None,
         device=_device(last),
-        slots=tuple(sorted({document.slot.name for document in documents})),
+        slots=tuple(sorted({document.slot.name for document in documents}, key=slot_order)),
         weights=sum(sum(found.weights.values()) for found in storages.values()),
         lora=sum(sum(found.lora.values()) for found in storages.values()),
         kv_cache=sum(sum(found.kv_cache.values()) for found in storages.values()),

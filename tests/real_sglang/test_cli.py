@@ -125,8 +125,8 @@ def test_regions_report_and_plot(
     assert answer(command("regions", "--json"))["regions"] == document.regions
     assert len(command("regions").stdout.splitlines()) == len(document.regions) + 1
     (gpu,) = answer(command("report", "--json"))["gpus"]
-    assert gpu["weights"] == document.memory["weights_bytes"]
-    assert gpu["kv_cache"] == document.memory["kv_cache_bytes"]
+    assert gpu["weights_bytes"] == document.memory["weights_bytes"]
+    assert gpu["kv_cache_bytes"] == document.memory["kv_cache_bytes"]
     assert "cpu:0" in command("report").stdout
     command("plot", "--output", tmp_path / "map.html")
     assert "LlamaForCausalLM" in (tmp_path / "map.html").read_text()
@@ -278,5 +278,5 @@ def test_after_the_server_has_exited_every_command_says_stale(
         assert f"(pid {pid}) has exited" in command(name, "--allow-stale").stderr
     assert "left out" in command("report", status=3).stderr
     gone = ("report", "--gone", "--allow-stale", "--json")
-    assert answer(command(*gone))["total"]["weights"] > 0
+    assert answer(command(*gone))["total"]["weights_bytes"] > 0
     command("watch", "--count", "1", "--timeout", "0.2", status=3)

@@ -129,6 +129,12 @@ def test_two_servers_on_one_gpu_are_one_row_and_the_newest_tells_what_is_free() 
     assert whole(gpu) == 10 * GIB
 
 
+def test_slots_of_a_gpu_come_by_number() -> None:
+    names = ["0_draft10", "0_draft2", "0", "0_draft"]
+    (gpu,) = totals.per_gpu([gpu_document(name, {"w": a_tensor(4096, GIB)}) for name in names])
+    assert gpu.slots == ("0", "0_draft", "0_draft2", "0_draft10")
+
+
 def test_gpus_of_several_hosts_are_rows_and_a_sum() -> None:
     documents = [
         gpu_document(

@@ -218,7 +218,17 @@ def test_watch_says_that_it_waits_and_for_what(run: Run, maps: Path) -> None:
     assert str(maps) in ended.err
     assert "waiting" in ended.err
     maps.mkdir()
-    assert "slot 7 is not published" in run("watch", "7", "--timeout", "0").err
+    assert "no slot 7 is published" in run("watch", "7", "--timeout", "0").err
+
+
+def test_watch_of_an_empty_directory_ends_with_a_sentence_and_not_with_0(
+    run: Run, maps: Path
+) -> None:
+    maps.mkdir()
+    for more in ([], ["--count", "1"]):
+        ended = run("watch", "--timeout", "0.1", *more)
+        assert (ended.status, ended.out) == (1, "")
+        assert f"no slot was published in {maps} within 0.1 s" in ended.complaints[-1]
 
 
 def test_report_watches_until_it_is_interrupted(

@@ -6,8 +6,11 @@ real server.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,26 +29,66 @@ def test_report_adds_up_several_directories(
 ) -> None:
     one = run("report", "--json").json
     memory = layout["memory"]
-    assert one["total"]["weights"] == memory["weights_bytes"]
-    assert one["total"]["kv_cache"] == memory["kv_cache_bytes"]
-    assert one["total"]["rest"] is None
+    assert one["total"]["weights_bytes"] == memory["weights_bytes"]
+    assert one["total"]["kv_cache_bytes"] == memory["kv_cache_bytes"]
+    assert one["total"]["rest_bytes"] is None
     assert one["total"]["gpus"] == 1
-    assert not one["total"].keys() & {"hostname", "gpu_id", "uuid", "device"}  # those of one GPU
+    assert not one["total"].keys() & {
+        "hostname",
+        "gpu_id",
+        "gpu_uuid",
+        "device",
+    }  # those of one GPU
     (slot,) = one["slots"]
     assert slot["identity"]["model_class"] == "Model"
     other = tmp_path / "other"
     code = "from small_model import a_runner; kept = a_runner()"
     run_python("-c", code, SGLANG_WEIGHT_HOOK_DIR=str(other))
     both = run("report", "--json", "--dir", maps, "--dir", other, "--gone").json
-    assert both["total"]["weights"] == 2 * memory["weights_bytes"]
+    assert both["total"]["weights_bytes"] == 2 * memory["weights_bytes"]
     assert len(both["slots"]) == 2
     # Given twice, counted once; a dead one is not counted, and that is said.
     twice = run("report", "--json", "--dir", maps, "--dir", f"{maps}/.", "--dir", other).json
-    assert twice["total"]["weights"] == memory["weights_bytes"]
+    assert twice["total"]["weights_bytes"] == memory["weights_bytes"]
     assert [slot["counted"] for slot in twice["slots"]] == [True, False]
     assert "left out: its owner has exited" in run("report", "--dir", maps, "--dir", other).err
     pattern = run("report", "--json", "--dir", f"{tmp_path}/[mo]*", "--gone").json
     assert pattern["total"] == both["total"]
+
+
+def test_the_figures_of_report_have_the_names_of_the_format(run: Run, layout: Any) -> None:
+    (gpu,) = run("report", "--json").json["gpus"]
+    rows = list(csv.DictReader(io.StringIO(run("report", "-o", "csv").out)))
+    assert list(rows[0].keys() ^ gpu.keys()) == []
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    own = {"slots", "released_bytes", "rest_bytes"}  # sums over slots, which no layout has
+    assert own < gpu.keys()
+    for name in gpu.keys() - own:
+        assert f"| `{name}` |" in page, name
+    assert gpu["weights_bytes"] == layout["memory"]["weights_bytes"]
+    assert gpu["gpu_uuid"] is None
+
+
+def test_report_of_named_slots_and_saved_layouts(
+    run: Run, layout: Any, maps: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "before.json"
+    shutil.copy(maps / files.LAYOUT.format(0), saved)
+    whole = run("report", "--json").json
+    for name in ("0", saved):
+        assert (
+            run("report", name, "--json").json["total"]["weights_bytes"]
+            == (whole["total"]["weights_bytes"])
+        )
+    both = run("report", "0", saved, "--json").json
+    assert [slot["slot"] for slot in both["slots"]] == ["before.json", "0"]
+    # The same storages of the same process, twice.
+    assert both["total"]["weights_bytes"] == whole["total"]["weights_bytes"]
+    assert "there is no slot 7" in sentence(run("report", "7"), 1)
+    assert "saved file" in sentence(run("report", saved, "--watch"), 2)
+    for path in maps.glob("*_0.*"):
+        path.unlink()
+    assert run("report", saved).status == 0  # it needs no directory
 
 
 def test_report_without_a_live_server_says_what_to_check(run: Run, maps: Path) -> None:

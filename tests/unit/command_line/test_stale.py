@@ -133,3 +133,8 @@ def test_report_names_many_dead_slots_in_one_line(
     (line,) = ended.err.splitlines()
     assert "slots 0, 1, 2, 3, 4, 5 and 58 more" in line
     assert "are left out: their owners have exited" in line
+    # A program gets a table without rows, not nothing.
+    headings = run("report", "-o", "csv").out.splitlines()
+    assert len(headings) == 1
+    assert headings[0].startswith("hostname,gpu_id,")
+    assert len(run("report", "--gone", "--allow-stale", "-o", "csv").out.splitlines()) > 1

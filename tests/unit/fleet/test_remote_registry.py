@@ -92,7 +92,7 @@ def test_the_slots_of_two_machines_are_one_directory(
     assert report.status == 0
     assert [slot["slot"] for slot in report.json["slots"]] == expected
     local = run("report", "--json", "--dir", tmp_path / "one", "--dir", tmp_path / "two").json
-    assert report.json["total"]["weights"] == local["total"]["weights"]
+    assert report.json["total"]["weights_bytes"] == local["total"]["weights_bytes"]
 
 
 def test_a_silent_agent_is_shown_and_its_slots_are_not_summed_over(
