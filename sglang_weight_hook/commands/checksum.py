@@ -7,15 +7,28 @@ from typing import Any, Optional
 from ..memory import sums
 from ..reader import Document, Tensor
 from .app import ACT, command
-from .options import AddressOption, DirOption, JsonOption, MatchOption, SlotArgument, ViaOption
-from .render.table import Column, print_table
-from .render.text import complain, print_json, printable, remark, size_text
+from .options import (
+    AddressOption,
+    DirOption,
+    JsonOption,
+    MatchOption,
+    NoHeadersOption,
+    OutputOption,
+    SlotArgument,
+    ViaOption,
+)
+from .output import asked_form
+from .render.output import print_answer
+from .render.table import Column
+from .render.text import complain, print_json, remark, size_text
 from .selection import document_of, heading, is_wanted, standing
 
 
 @command(
     "checksum",
-    "sglang-weight-hook checksum\nsglang-weight-hook checksum 0 --match '*.layers.3.*' --json",
+    "sglang-weight-hook checksum\n"
+    "sglang-weight-hook checksum 0 --match '*.layers.3.*' --json\n"
+    "sglang-weight-hook checksum -o csv > sums.csv",
 )
 def checksum(
     slot: SlotArgument = None,
@@ -23,6 +36,8 @@ def checksum(
     match: MatchOption = None,
     via: ViaOption = None,
     address: AddressOption = None,
+    output: OutputOption = None,
+    no_headers: NoHeadersOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Read a server's weights and print a checksum of each tensor.
@@ -31,6 +46,7 @@ def checksum(
     itself (docs/format.md).  Exit status 3 if the server has published another one for the same
     contents.
     """
+    form = asked_form(output, as_json, no_headers)
     document = document_of(directory, slot)
     published = document.raw.get("checksums") or {}
     comparable = (
@@ -46,7 +62,7 @@ def checksum(
         if comparable and tensor.checksum is not None and tensor.checksum != found
     ]
     status = ACT if wrong else 0
-    if as_json:
+    if form.is_json:
         print_json(
             {
                 **heading(document),
@@ -57,9 +73,20 @@ def checksum(
             }
         )
         return status
-    print_table(
+    print_answer(
+        form,
         [Column("checksum"), Column("size", right=True), Column("name")],
-        [[found, size_text(tensor.size), printable(tensor.name)] for tensor, found in rows],
+        [[found, size_text(tensor.size), tensor.name] for tensor, found in rows],
+        [
+            {
+                "name": tensor.name,
+                "size": tensor.size,
+                "checksum": found,
+                "differs_from_published": tensor.name in wrong,
+            }
+            for tensor, found in rows
+        ],
+        ("name", "size", "checksum", "differs_from_published"),
     )
     if left_out:
         remark(

@@ -24,8 +24,8 @@ _Addresses = Annotated[
     typer.Option(
         "--address",
         metavar="HOST[:PORT]",
-        help="With --via mooncake: where the server's mooncake is reached, instead of where it has "
-        "published; the second one given is B's.",
+        help="With --via mooncake: where the mooncake of A's server is reached, instead of where "
+        "it has published; given twice, the second is for B's server.",
     ),
 ]
 
@@ -45,11 +45,14 @@ def compare(
             "names), a .safetensors file, an index, or a folder of such files.",
         ),
     ],
-    other: Annotated[str, typer.Argument(metavar="B", help="The same again.")],
+    other: Annotated[
+        str, typer.Argument(metavar="B", help="What to compare A with: any of the same kinds.")
+    ],
     directory: DirOption = None,
     match: MatchOption = None,
     everything: Annotated[
-        bool, typer.Option("--all", help=f"List all that differ, not only the first {_LISTED}.")
+        bool,
+        typer.Option("--all", help=f"List all tensors that differ, not only the first {_LISTED}."),
     ] = False,
     via: ViaOption = None,
     address: _Addresses = None,

@@ -21,9 +21,10 @@ def doctor_(
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Check the hook in THIS interpreter, and against its SGLang.
+    """Check whether the hook is active in this Python.
 
-    SGLang is parsed, not imported.  Exit status 3 if a check fails.
+    Its SGLang is searched for the methods that the hook wraps: parsed, not imported.
+    Exit status 3 if a check fails.
     """
     from . import diagnosis as doctor  # a tenth of the time that `--help` has
 

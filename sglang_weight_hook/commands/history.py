@@ -69,7 +69,7 @@ def history(
 ) -> int:
     """Print the logged events, the oldest first.
 
-    Also of a server that has exited.  A log keeps the last 1 to 2 MB.
+    The log of a server that has exited can be read, too; a log keeps its last 1 to 2 MB.
     """
     form = asked_form(output, as_json, no_headers)
     oldest = None if since is None else _time(since, time.time())

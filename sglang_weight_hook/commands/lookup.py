@@ -52,7 +52,7 @@ class _Found(NamedTuple):
 _Addresses = Annotated[
     list[str],
     typer.Argument(
-        metavar="ADDRESS...",
+        metavar="ADDRESS",
         help="Addresses: hexadecimal (0x...) or decimal; - reads them from stdin.  After them may "
         "stand a slot, or a saved layout file.",
     ),
@@ -83,10 +83,10 @@ def lookup(
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Find the tensors, and the element in each, at addresses.
+    """Find which tensor, and which element of it, is at an address.
 
-    Of the KV cache: buffer, layer and token (index along its first dimension).  Exit status 3 if
-    nothing published is at one of the addresses.
+    In the KV cache it finds buffer, layer and token (index along the first dimension).
+    Exit status 3 if nothing published is at one of the addresses.
     """
     form = asked_form(output, as_json, no_headers)
     named, slot = _without_slot(addresses, slot, directory)

@@ -25,7 +25,7 @@ def plot(
     slots: Annotated[
         Optional[list[str]],
         typer.Argument(
-            metavar="SLOT...",
+            metavar="SLOT",
             show_default=False,
             help="Slots (0, 0_draft, ...) or saved layout files; default: all slots.",
         ),
@@ -37,7 +37,7 @@ def plot(
         Optional[list[str]],
         typer.Option(
             metavar="FILE",
-            help="An earlier saved layout to compare with; one per slot, repeatable.",
+            help="A layout saved earlier, to compare its slot with; repeatable.",
         ),
     ] = None,
     directory: DirOption = None,

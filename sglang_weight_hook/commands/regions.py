@@ -33,7 +33,10 @@ def regions(
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """List the regions to register, each inside one allocation."""
+    """List the memory regions of the weights, to be registered.
+
+    A region is a run of weights without gaps inside one allocation, for RDMA or IPC.
+    """
     form = asked_form(output, as_json, no_headers)
     document = document_of(directory, slot)
     status = stale_status(document, allow_stale)
@@ -47,11 +50,11 @@ def regions(
             Column("address"),
             Column("size", right=True),
             Column("allocation"),
-            Column("of", right=True),
+            Column("allocation size", right=True),
             Column("kind", drop=2),
             Column("device", drop=3),
             Column("tensors", right=True),
-            Column("first", drop=1),
+            Column("first tensor", drop=1),
         ],
         [
             [

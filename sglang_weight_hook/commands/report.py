@@ -60,8 +60,9 @@ def report(
     allow_stale: AllowStaleOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Add up each GPU's memory: weights, KV cache, the rest of what is used, free.
+    """Add up each GPU's memory: weights, KV cache, rest, free.
 
+    The rest is what is used by neither weights, LoRA pool nor KV cache.
     A storage that a draft shares with its target is counted once.  Exit status 3 if a slot is
     stale, so left out unless --gone counts it, or is not ready, or cannot be read.
     """

@@ -69,7 +69,7 @@ def save_(
         bool,
         typer.Option(
             "--hold",
-            help="Hold the weights meanwhile; an update then waits, for 10 s at most "
+            help="Hold the lock while saving: an update waits until it is free, for 10 s at most "
             "(SGLANG_WEIGHT_HOOK_LOCK_TIMEOUT), and then goes on.",
         ),
     ] = False,

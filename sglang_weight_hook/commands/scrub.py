@@ -63,10 +63,14 @@ _Every = Annotated[
 ]
 _Exclude = Annotated[
     Optional[list[str]],
-    typer.Option(help="No tensors with a name like GLOB; repeatable.", metavar="GLOB"),
+    typer.Option(
+        help="Leave out tensors with TEXT in a name or alias; TEXT may be a pattern, as for "
+        "--match; repeatable.",
+        metavar="TEXT",
+    ),
 ]
 _Once = Annotated[
-    bool, typer.Option("--once", help="Stop when each slot was compared with its baseline.")
+    bool, typer.Option("--once", help="Stop once each slot was compared with its baseline.")
 ]
 _Stop = Annotated[bool, typer.Option("--stop", help="Stop at the first byte that has changed.")]
 _MetricsPort = Annotated[

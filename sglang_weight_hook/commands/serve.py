@@ -77,16 +77,20 @@ _Name = Annotated[
 ]
 _Certificate = Annotated[
     Optional[str],
-    typer.Option("--ssl-certfile", metavar="FILE", help="Speak TLS, with this certificate (PEM)."),
+    typer.Option(
+        "--ssl-certfile", metavar="FILE", help="Speak TLS, with the certificate in FILE (PEM)."
+    ),
 ]
 _Key = Annotated[
     Optional[str],
-    typer.Option("--ssl-keyfile", metavar="FILE", help="Key of the certificate (PEM)."),
+    typer.Option("--ssl-keyfile", metavar="FILE", help="Private key of the TLS certificate (PEM)."),
 ]
 _KeyPassword = Annotated[
     Optional[str],
     typer.Option(
-        "--ssl-keyfile-password-file", metavar="FILE", help="File with the password of the key."
+        "--ssl-keyfile-password-file",
+        metavar="FILE",
+        help="File with the password of the private key of the TLS certificate.",
     ),
 ]
 _Clients = Annotated[
@@ -94,14 +98,27 @@ _Clients = Annotated[
     typer.Option(
         "--ssl-ca-certs",
         metavar="FILE",
-        help="Answer only clients with a certificate of one of these authorities (PEM).",
+        help="Answer only clients with a certificate that a certificate authority (CA) in FILE has "
+        "signed (PEM).",
     ),
 ]
 _MaxConnections = Annotated[
-    int, typer.Option("--max-connections", metavar="N", min=1, help="Most connections at once.")
+    int,
+    typer.Option(
+        "--max-connections",
+        metavar="N",
+        min=1,
+        help="Largest number of connections at the same time.",
+    ),
 ]
 _MaxStreams = Annotated[
-    int, typer.Option("--max-streams", metavar="N", min=1, help="Most event streams at once.")
+    int,
+    typer.Option(
+        "--max-streams",
+        metavar="N",
+        min=1,
+        help="Largest number of event streams at the same time.",
+    ),
 ]
 _Etcd = Annotated[
     Optional[list[str]],
@@ -112,32 +129,39 @@ _Etcd = Annotated[
         "the members of one cluster.",
     ),
 ]
-_EtcdUser = Annotated[Optional[str], typer.Option("--etcd-user", metavar="NAME", help="etcd user.")]
+_EtcdUser = Annotated[
+    Optional[str], typer.Option("--etcd-user", metavar="NAME", help="User name for etcd.")
+]
 _EtcdPasswordFile = Annotated[
     Optional[str],
-    typer.Option("--etcd-password-file", metavar="FILE", help="File with that user's password."),
+    typer.Option("--etcd-password-file", metavar="FILE", help="File with the password for etcd."),
 ]
 _EtcdCa = Annotated[
     Optional[str],
     typer.Option(
         "--etcd-ca",
         metavar="FILE",
-        help="Authorities that etcd's certificate may be of (PEM).  [default: the system's]",
+        help="Certificate authorities (CA) that are trusted for etcd's certificate (PEM).  "
+        "[default: the system's]",
     ),
 ]
 _EtcdCertificate = Annotated[
     Optional[str],
-    typer.Option("--etcd-cert", metavar="FILE", help="Certificate to show to etcd (PEM)."),
+    typer.Option("--etcd-cert", metavar="FILE", help="Client certificate for etcd (PEM)."),
 ]
 _EtcdKey = Annotated[
-    Optional[str], typer.Option("--etcd-key", metavar="FILE", help="Key of that certificate (PEM).")
+    Optional[str],
+    typer.Option(
+        "--etcd-key", metavar="FILE", help="Private key of the client certificate for etcd (PEM)."
+    ),
 ]
 _Advertise = Annotated[
     Optional[str],
     typer.Option(
         "--advertise",
         metavar="URL",
-        help="Where other machines reach this agent, for etcd.  [default: its own address]",
+        help="Address at which other machines reach this agent, as registered in etcd.  "
+        "[default: its own address]",
     ),
 ]
 _Node = Annotated[
@@ -190,9 +214,9 @@ def serve(
 ) -> int:
     """Answer over HTTP what the slots of this machine publish.
 
-    Read-only, without any rights but those of a reader.  /openapi.json describes all paths.
-    Ends on SIGTERM and SIGINT with status 0.
-    Needs Starlette and uvicorn (pip install starlette uvicorn).
+    The agent only reads, with the rights of the user who starts it.  /openapi.json describes all
+    paths.  SIGTERM and SIGINT end it with status 0.  It needs Starlette and uvicorn (pip install
+    starlette uvicorn).
     """
     server = _server()
     settings = server.Settings(

@@ -25,7 +25,7 @@ def top(
     """Show all slots live: state, last event, memory.
 
     q quits, ? lists the keys; Enter, h and r open a slot's tensors, history and regions.
-    Needs a terminal, and Textual (pip install textual).
+    The view needs a terminal, and Textual (pip install textual).
     """
     try:
         from .render.live import LiveView

@@ -12,7 +12,9 @@ from ..reader.findings import Finding
 from .app import ACT, Misused, command
 from .cores import for_each
 from .directories import directory_at
-from .options import DirOption, JsonOption
+from .options import DirOption, JsonOption, NoHeadersOption, OutputOption
+from .output import asked_form
+from .render.output import TABLE, WIDE, print_answer
 from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
 
@@ -21,7 +23,7 @@ from .selection import is_path, slots_in, standing
     "verify",
     "sglang-weight-hook verify && echo good\n"
     "sglang-weight-hook verify 0 --json\n"
-    "sglang-weight-hook verify --live",
+    "sglang-weight-hook verify --live -o csv",
 )
 def verify_(
     slot: Annotated[
@@ -40,6 +42,8 @@ def verify_(
         bool,
         typer.Option("--live", help="Also have each server compare its map with its memory now."),
     ] = False,
+    output: OutputOption = None,
+    no_headers: NoHeadersOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Check the published files: one line for each finding.
@@ -47,6 +51,7 @@ def verify_(
     Checks schema, generations, overlaps, regions, sums, legacy-format files and whether the owner
     lives.  Exit status 3 if there is an error.
     """
+    form = asked_form(output, as_json, no_headers)
     if slot is not None and is_path(slot):
         if live:
             raise Misused("--live asks the owner of a slot, a saved file has none; name a slot")
@@ -58,7 +63,7 @@ def verify_(
         answers = for_each(functools.partial(_verify, live), slots_in(found))
     findings = [finding for answer in answers for finding in answer.findings]
     good = not findings if strict else all(answer.good for answer in answers)
-    if as_json:
+    if form.is_json:
         print_json(
             {
                 "good": good,
@@ -72,6 +77,10 @@ def verify_(
                 ],
             }
         )
+        return 0 if good else ACT
+    if form.name not in (TABLE, WIDE):
+        records = [finding._asdict() for finding in findings]
+        print_answer(form, (), (), records, Finding._fields)
         return 0 if good else ACT
     for answer in answers:
         _print_answer(answer)

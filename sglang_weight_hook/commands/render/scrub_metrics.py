@@ -40,8 +40,8 @@ COUNTERS = {
 GAUGES = {
     "last_pass_timestamp_seconds": "When all weights of a slot were last compared with their "
     "baseline, in seconds since 1970-01-01 UTC.",
-    "last_pass_seconds": "How long the last comparison of all weights of a slot with their "
-    "baseline took.",
+    "last_pass_seconds": "Duration of the last comparison of all weights of a slot with their "
+    "baseline, in seconds.",
     "waiting": "1 while the scrubber cannot read a slot's weights: they are being updated or "
     "released, or the server has exited.",
 }

@@ -68,6 +68,24 @@ def test_parquet_can_be_read_back(
         assert found["name"].to_pylist() == list(layout["tensors"])
 
 
+def test_findings_and_checksums_are_records_too(run: Run, layout: Any, maps: Path) -> None:
+    sums = list(csv.DictReader(io.StringIO(run("checksum", "-o", "csv").out)))
+    whole = run("checksum", "--json").json["checksums"]
+    assert {record["name"]: record["checksum"] for record in sums} == whole
+    sizes = {name: str(layout["tensors"][name]["size"]) for name in whole}
+    assert {record["name"]: record["size"] for record in sums} == sizes
+    assert len(run("checksum", "-o", "tsv", "--no-headers").out.splitlines()) == len(whole)
+    assert run("verify", "-o", "csv").out == "slot,level,check,message\n"
+    layout["regions"][0]["size"] += 1
+    (maps / files.LAYOUT.format(0)).write_text(json.dumps(layout))
+    ended = run("verify", "-o", "csv")
+    findings = [
+        finding for slot in run("verify", "--json").json["slots"] for finding in slot["findings"]
+    ]
+    assert ended.status == 3
+    assert list(csv.DictReader(io.StringIO(ended.out))) == findings
+
+
 def test_without_pyarrow_one_sentence_tells(
     run: Run, layout: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

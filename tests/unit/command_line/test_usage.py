@@ -46,6 +46,30 @@ def test_every_command_has_help_with_examples(command: str, run: Run) -> None:
     assert "--dir" in ended.out
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_sentence_of_the_help_stands_alone(command: str, run: Run) -> None:
+    """None needs the one before it, and no name stands with dots twice."""
+    told = " ".join(run(command, "--help").out.split())
+    for fragment in (
+        *(
+            "The same again",
+            "Also of a",
+            "that user",
+            "that certificate",
+            "of the certificate (PEM)",
+        ),
+        *(
+            "password of the key.",
+            "THIS",
+            "Of the KV cache",
+            "Most connections",
+            "...]...",
+            "...}...",
+        ),
+    ):
+        assert fragment not in told, fragment
+
+
 def test_the_command_itself_lists_all_and_tells_its_version(run: Run) -> None:
     ended = run("--help")
     for command in COMMANDS:
