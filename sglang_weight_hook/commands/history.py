@@ -22,6 +22,7 @@ from .output import asked_form
 from .render.event import event_parts
 from .render.output import JSON, TABLE, WIDE, print_answer
 from .render.text import complain, date_and_time, print_line, printable
+from .selection import refuse_path
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -72,6 +73,8 @@ def history(
     The log of a server that has exited can be read, too; a log keeps its last 1 to 2 MB.
     """
     form = asked_form(output, as_json, no_headers)
+    if slot is not None:
+        refuse_path(slot, "events")
     oldest = None if since is None else _time(since, time.time())
     found = directory_at(directory)
     one = None if slot is None else found.slot(slot).history(oldest, kind)

@@ -14,6 +14,7 @@ import typer
 
 from ..layout.transport_document import ENGINES
 from ..memory.save import SHARD_BYTES, Progress, Saved, save
+from ..memory.transport import is_transferred
 from ..reader import (
     ControlError,
     Document,
@@ -90,6 +91,11 @@ def save_(
     chosen: Union[Slot, Document]
     if slot.endswith(".json") and not hold:
         chosen = open_file(slot)
+        if not is_transferred(chosen, via):
+            raise Misused(
+                f"{slot} is a saved file, which has no memory to be read; name the "
+                f"slot, or give --via mooncake or --via nixl"
+            )
     else:
         found = open_directory(directory)
         chosen = slot_named(found, slots_in(found), slot)

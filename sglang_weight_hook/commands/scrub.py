@@ -20,7 +20,7 @@ from .app import ACT, command
 from .options import AddressOption, DirOption, MatchOption, ViaOption
 from .render import scrub_metrics
 from .render.text import clock, complain, print_line, size_text
-from .selection import is_wanted, slots_in
+from .selection import is_wanted, refuse_path, slots_in
 
 _RATE = 5.0  # MiB/s: less than 1 % of a core
 _BASELINE_RATE = 200.0
@@ -111,6 +111,8 @@ def scrub(
     changed its tensor, index and bit and the value before and after.  Runs until Ctrl-C or
     SIGTERM.  Exit status 3 if anything had changed.
     """
+    for name in slot or ():
+        refuse_path(name, "memory to be read")
     found = open_directory(directory)
     every_slot = slots_in(found)
     slots = [slot_named(found, every_slot, name) for name in slot or []] or every_slot

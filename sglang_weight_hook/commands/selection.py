@@ -46,6 +46,12 @@ def is_path(slot: str) -> bool:
     return os.sep in slot or slot.endswith(".json")
 
 
+def refuse_path(name: str, lacks: str) -> None:
+    """Raises Misused for a saved file where only a slot has what is asked for."""
+    if is_path(name):
+        raise Misused(f"{name} is a saved file, which has no {lacks}; name a slot")
+
+
 def is_like(name: str, pattern: str) -> bool:
     """Whether a name is like ``pattern``: holds it, or as a whole matches it if it is a GLOB.
 

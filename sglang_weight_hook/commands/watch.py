@@ -15,7 +15,7 @@ from .directories import directory_at
 from .options import DirOption
 from .render.event import event_parts
 from .render.text import clock, complain, print_line, printable
-from .selection import inside
+from .selection import inside, refuse_path
 
 
 @command(
@@ -55,6 +55,8 @@ def watch(
     share a line.  Exit status 3 if --timeout ends it before --count is reached, or if a slot cannot
     be read and so is left out; 1 if --timeout ends it before there was a slot.
     """
+    if slot is not None:
+        refuse_path(slot, "events")
     seen = 0
     were_any = False
     left_out: set[str] = set()

@@ -120,6 +120,30 @@ def test_without_device_figures_the_page_says_so(show: Show) -> None:
     assert "NaN" not in dom.partition('id="app"')[2].partition("<script")[0]
 
 
+def test_no_figure_of_the_memory_bar_is_cut_into_another_one(show: Show) -> None:
+    document = a_document()
+    document["memory"].update(
+        weights_bytes=4_700_000_000, kv_cache_bytes=12_345_678_901, device_free_bytes=60 << 30
+    )
+    act = """
+    const shown = [];
+    for (const part of document.querySelectorAll(".mem .bar > div:not(.narrow)")) {
+      const figure = part.lastElementChild, low = part.getBoundingClientRect().bottom;
+      const top = figure.getBoundingClientRect().top;
+      shown.push([part.title, top >= low - 4, figure.scrollWidth > figure.clientWidth]);
+    }
+    document.getElementById("live").textContent = "RESULTS " + JSON.stringify(shown) + " END";
+    """
+    hidden = {}
+    for size in ("1280,1600", "500,1600"):
+        shown = answers_of(show([document], act=act, size=size))
+        assert len(shown) >= 3
+        assert [title for title, is_hidden, is_cut in shown if is_cut and not is_hidden] == []
+        hidden[size] = sum(is_hidden for _, is_hidden, _ in shown)
+    assert hidden["500,1600"] > 0  # so there was something to hide
+    assert hidden["1280,1600"] < len(shown)
+
+
 def test_an_invalidated_map_is_shown_as_such(show: Show) -> None:
     invalidated = {
         **a_document(()),

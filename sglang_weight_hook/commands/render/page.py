@@ -99,7 +99,10 @@ def write_html(
     if os.path.lexists(output) and not stat.S_ISREG(os.lstat(output).st_mode):
         raise OSError(errno.EEXIST, "a link, a device or a folder is there", os.fspath(output))
     # Under another name each time, by O_EXCL and O_NOFOLLOW (tempfile), so nothing can be planted.
-    descriptor, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    except OSError as error:  # of a name that nobody has given
+        raise OSError(error.errno, error.strerror, os.fspath(output)) from error
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             umask = os.umask(0)

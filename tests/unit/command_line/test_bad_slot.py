@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from ended_command import Run, sentence
+from fake_sglang import FakeRunner
 
 from sglang_weight_hook.layout import files
 
@@ -134,6 +135,13 @@ def test_report_goes_on_after_a_directory_that_is_not_there(
 
 
 @pytest.mark.usefixtures("layout")
+def test_plot_names_the_place_that_it_was_given(
+    run: Run, runner: FakeRunner, tmp_path: Path
+) -> None:
+    place = tmp_path / "none" / "map.html"
+    assert f"({place})" in sentence(run("plot", "--output", place), 1)
+
+
 def test_plot_writes_through_no_link_and_leaves_no_part_behind(run: Run, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")

@@ -65,6 +65,18 @@ def test_a_saved_copy_stands_for_a_slot(run: Run, layout: Any, maps: Path, tmp_p
     assert "not written by the hook" in sentence(run("show", saved), 1)
 
 
+@pytest.mark.parametrize("command", ["watch", "history", "scrub", "save"])
+def test_a_saved_copy_is_refused_where_only_a_slot_will_do(
+    command: str, run: Run, layout: Any, maps: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "before.json"
+    shutil.copy(maps / files.LAYOUT.format(0), saved)
+    more = [tmp_path / "out.safetensors"] if command == "save" else []
+    refusal = sentence(run(command, saved, *more), 2)
+    assert f"{saved} is a saved file, which has no " in refusal
+    assert "name" in refusal.partition(";")[2]
+
+
 def test_a_dead_owner_is_told_on_stderr(run: Run, maps: Path, run_python: Any) -> None:
     run_python("-c", "from small_model import a_runner; kept = a_runner(); import os; os._exit(0)")
     ended = run("show")
