@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -31,6 +32,7 @@ from sglang_weight_hook.publisher.devices import cuda_driver  # noqa: E402
 
 if TYPE_CHECKING:
     from ended_command import Run
+    from tmux_terminal import Terminal
 
 
 def forget_everything() -> None:
@@ -157,6 +159,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Ended(status, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    from tmux_terminal import Terminal
+
+    if shutil.which("tmux") is None:
+        pytest.skip("needs the Debian package tmux")
+    started = Terminal(tmp_path / "tmux")
+    started("new-session", "-d", "-x", "160", "-y", "24", "env", "PS1=$ ", "sh")
+    yield started
+    started("kill-server")
 
 
 @pytest.fixture

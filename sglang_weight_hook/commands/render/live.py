@@ -279,10 +279,9 @@ class LiveView(App[None]):
             text.append(f"  filter: {printable(self.wanted)} ({len(self._shown)} shown)")
         if self.sort_column:
             text.append(f"  by {self.sort_column}" + (", reversed" if self.reverse else ""))
-        if self.overviews:
-            for problem in self.polling.problems.values():
-                text.append(f"  {printable(problem)}", "bold red")
-        else:
+        for problem in self.polling.problems.values():
+            text.append(f"  {printable(problem)}", "bold red")
+        if not self.overviews and not self.polling.problems:
             places = ", ".join(directory.path for directory in self.polling.directories)
             text.append(f": waiting for a server to publish in {printable(places)}")
         return text

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from ended_command import ROOT, Run, sentence
 from fake_sglang import FakeRunner, update
+from tmux_terminal import Terminal
 
 pytest.importorskip("textual")
 
@@ -227,46 +228,15 @@ def test_without_a_terminal_or_textual_one_sentence_tells(
     assert "pip install textual" in sentence(run("top"), 2)
 
 
-class Terminal:
-    """A terminal of 160 x 24 in a tmux server of its own."""
-
-    def __init__(self, socket: Path) -> None:
-        self.base = ["tmux", "-S", str(socket), "-f", "/dev/null"]
-
-    def __call__(self, *arguments: str) -> str:
-        command = [*self.base, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    def shown(self, *more: str) -> str:
-        return self("capture-pane", "-p", *more)
-
-    def until(self, text: str, seconds: float = 20.0) -> str:
-        deadline = time.monotonic() + seconds
-        while text not in (shown := self.shown()):
-            assert time.monotonic() < deadline, shown
-            time.sleep(0.05)
-        return shown
-
-
-@pytest.fixture
-def terminal(tmp_path: Path, maps: Path) -> Any:
-    if shutil.which("tmux") is None:
-        pytest.skip("needs the Debian package tmux")
-    started = Terminal(tmp_path / "tmux")
-    started("new-session", "-d", "-x", "160", "-y", "24", "env", "PS1=$ ", "sh")
-    yield started
-    started("kill-server")
-
-
 @pytest.mark.parametrize("end", ["q", "C-c", "TERM"])
 def test_in_a_real_terminal_it_shows_and_gives_it_back(
     end: str, terminal: Terminal, runner: FakeRunner, maps: Path, tmp_path: Path
 ) -> None:
     place = copied(maps, tmp_path / "dead", ["1"])
-    command = f"env PYTHONPATH={ROOT} {sys.executable} -m sglang_weight_hook top"
-    command += f" --dir {shlex.quote(str(maps))} --dir {shlex.quote(str(place))}"
+    command = [sys.executable, "-m", "sglang_weight_hook", "top"]
+    command += ["--dir", str(maps), "--dir", str(place)]
     told = tmp_path / "pid"
-    terminal("send-keys", f"sh -c 'echo $$ >{told}; exec {command}'; echo ended $?", "Enter")
+    terminal.start(f"env PYTHONPATH={ROOT} {shlex.join(command)}", told)
     shown = terminal.until("stale")
     assert re.search(r"\b0 +model +target .*ready", shown)
     assert "memory: " in shown
