@@ -29,8 +29,10 @@ from cpu_sglang.releases import BASE_RELEASE, Release, find_release
 
 HOME_VARIABLE = "CPU_SGLANG_HOME"
 REPOSITORY = Path(__file__).resolve().parent.parent
-# The lock names wheels of this Python; SGLang itself is published per Python version.
-PYTHON = (3, 11)
+# The Pythons with which the lock's packages were seen to serve.
+PYTHONS = ((3, 11), (3, 12), (3, 13))
+# That of the interpreter that asks, so that a newcomer gets a server of the Python at hand.
+PYTHON = sys.version_info[:2] if sys.version_info[:2] in PYTHONS else PYTHONS[0]
 STAMP = "cpu-sglang-stamp.json"
 
 Report = Callable[[str], None]
@@ -122,7 +124,7 @@ def ensure_environment(release: str = BASE_RELEASE, report: Report = print) -> E
     environment = Environment(
         release=release,
         home=home,
-        overlay=None if needs.is_base else home / f"overlay-{release}",
+        overlay=None if needs.is_base else home / f"overlay-{release}{_of_python()}",
     )
     # The stamp is written last, so a reader who sees it needs no lock.
     if _is_current(environment):
@@ -138,7 +140,12 @@ def ensure_environment(release: str = BASE_RELEASE, report: Report = print) -> E
 
 
 def _venv_path(home: Path) -> Path:
-    return home / f"venv-{BASE_RELEASE}"
+    return home / f"venv-{BASE_RELEASE}{_of_python()}"
+
+
+def _of_python() -> str:
+    """What a folder's name ends in: compiled packages are of one Python."""
+    return "" if PYTHONS[0] == PYTHON else f"-python{PYTHON[0]}.{PYTHON[1]}"
 
 
 def _is_current(environment: Environment) -> bool:
@@ -221,8 +228,8 @@ def _base_python() -> str:
     found = shutil.which(f"python{wanted}")
     if found is None:
         raise EnvironmentFailed(
-            f"the packages are pinned for Python {wanted}, and neither is this Python that "
-            f"version nor is there a python{wanted} on PATH: install one"
+            f"SGLang was seen to serve with Python 3.11 to 3.13, and neither is this Python one "
+            f"of these nor is there a python{wanted} on PATH: install one"
         )
     return found
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..reader import HookError, Tensor
 from .dtypes import ELEMENT_TYPES
 from .errors import NotReadable
+from .needed import need_numpy
 
 if TYPE_CHECKING:
     import numpy
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def numpy_type(dtype: str) -> Any:
     """numpy's type for one of torch's.  Raises NotReadable."""
+    need_numpy("an array")
     import numpy
 
     known = ELEMENT_TYPES.get(dtype)
@@ -33,13 +35,8 @@ def numpy_type(dtype: str) -> Any:
 
 def empty(tensor: Tensor) -> tuple[numpy.ndarray[Any, Any], memoryview]:
     """An array for the values of ``tensor``, and its bytes.  Raises HookError."""
-    try:
-        import numpy
-    except ImportError:
-        raise NotReadable(
-            "arrays need numpy, which is not installed here; install it, or take "
-            "the bytes with memory.read()"
-        ) from None
+    need_numpy("an array (unlike memory.read(), which gives bytes)")
+    import numpy
 
     found = numpy.empty(tensor.shape, numpy_type(tensor.dtype))
     if found.nbytes != tensor.size:

@@ -17,6 +17,7 @@ from ..reader import Document, HookError, NotReady, Slot, Tensor
 from . import boxes
 from .backend import Span
 from .errors import Changed, NotReadable
+from .needed import need_numpy
 
 if TYPE_CHECKING:
     import numpy
@@ -74,6 +75,7 @@ class Pulled:
 
     def array(self, name: str) -> numpy.ndarray[Any, Any]:
         """A numpy array over what was fetched: no copy.  Raises HookError."""
+        need_numpy("an array")
         import numpy
 
         from . import arrays

@@ -19,6 +19,7 @@ from . import sums
 from .boxes import index_of
 from .errors import NotReadable
 from .memory import Memory
+from .needed import need_numpy
 from .transport import is_transferred
 
 PIECE = 2 << 20  # bytes that are read at a time; a multiple of `sums.BLOCK`
@@ -95,8 +96,9 @@ class Scrubber:
     ) -> None:
         """``wanted``: which tensors; ``every``: seconds between the beginnings of two passes.
 
-        ``via``, ``address``: as for `Document.open_memory`.
+        ``via``, ``address``: as for `Document.open_memory`.  Raises NotReadable without numpy.
         """
+        need_numpy("scrub")
         self.slot = slot
         self._every = every
         self._began = -every

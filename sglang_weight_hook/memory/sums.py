@@ -17,6 +17,8 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
+from .needed import need_numpy
+
 if TYPE_CHECKING:
     import numpy
 
@@ -36,7 +38,11 @@ class Change(NamedTuple):
 
 
 def checksum(pieces: Iterable[Any]) -> str:
-    """``wsum64`` of values that come in pieces of any length, as 32 hexadecimal digits."""
+    """``wsum64`` of values that come in pieces of any length, as 32 hexadecimal digits.
+
+    Raises NotReadable without numpy.
+    """
+    need_numpy("a checksum")
     import numpy
 
     a = b = position = 0
