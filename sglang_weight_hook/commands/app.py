@@ -53,6 +53,15 @@ def main() -> int:
             stream.reconfigure(errors="backslashreplace")
     invoked = os.path.basename(sys.argv[0])
     name = "python -m sglang_weight_hook" if invoked == "__main__.py" else "sglang-weight-hook"
+    if name != "sglang-weight-hook" and {"--install-completion", "--show-completion"} & {
+        argument.partition("=")[0] for argument in sys.argv[1:]
+    }:
+        # It would complete `python` itself, with a name that no shell takes for a variable.
+        complain(
+            "a shell completes the command sglang-weight-hook, and not python -m; `pip install .` "
+            "in the hook's checkout installs it"
+        )
+        return USAGE
     try:
         app(prog_name=name)
     except SystemExit as end:

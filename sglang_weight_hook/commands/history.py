@@ -23,6 +23,7 @@ from .render.event import event_parts
 from .render.output import JSON, TABLE, WIDE, print_answer
 from .render.text import complain, date_and_time, print_line, printable
 from .selection import refuse_path
+from .slot_choice import slots_named
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -47,6 +48,7 @@ def history(
             metavar="SLOT",
             show_default=False,
             help="Only events of this slot (0, 0_draft, ...); default: of all slots, by time.",
+            autocompletion=slots_named,
         ),
     ] = None,
     directory: DirOption = None,

@@ -25,7 +25,7 @@ from .render.text import (
     size_text,
 )
 from .selection import document_of, heading, is_path, slots_in, stale_status, standing
-from .slot_choice import slots_named
+from .slot_choice import a_slot_or_file_named
 
 # Below it Linux maps nothing (vm.mmap_min_addr).
 _FIRST_ADDRESS = 4096
@@ -63,7 +63,7 @@ _OneSlot = Annotated[
         "--slot",
         metavar="SLOT",
         help="Only this slot, or a saved layout file; default: all slots.",
-        autocompletion=slots_named,
+        autocompletion=a_slot_or_file_named,
     ),
 ]
 

@@ -8,7 +8,7 @@ import typer
 
 from ..layout import location
 from .render.output import FORMS
-from .slot_choice import slots_named
+from .slot_choice import a_slot_or_file_named, one_of
 
 DirOption = Annotated[
     Optional[str],
@@ -38,6 +38,7 @@ OutputOption = Annotated[
         "-o",
         "--output",
         metavar="FORM",
+        autocompletion=one_of(FORMS),
         help=f"{', '.join(FORMS)}.  wide: a table with all columns; csv, tsv and parquet have "
         "sizes and addresses as numbers, in bytes.  [default: table]",
     ),
@@ -59,7 +60,7 @@ SlotArgument = Annotated[
         metavar="SLOT",
         show_default=False,
         help="A slot (0, 0_draft, ...) or a saved layout file; default: the only slot.",
-        autocompletion=slots_named,
+        autocompletion=a_slot_or_file_named,
     ),
 ]
 MatchOption = Annotated[
@@ -76,6 +77,7 @@ ViaOption = Annotated[
     typer.Option(
         "--via",
         metavar="WAY",
+        autocompletion=one_of(("process", "cuda", "owner", "mooncake", "nixl")),
         help="How to reach the server's memory: process (a CPU server's, by the kernel), cuda (a "
         "GPU's, opened here), owner (the server copies it; needs SGLANG_WEIGHT_HOOK_SHARE=1), or "
         "from another machine mooncake or nixl (through SGLANG_WEIGHT_HOOK_SUBSCRIBERS of the "

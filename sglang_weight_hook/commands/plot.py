@@ -15,6 +15,7 @@ from .options import AllowStaleOption, DirOption
 from .render import page
 from .render.text import complain, print_line
 from .selection import document_of, is_alive, slots_in, stale_status_of_all
+from .slot_choice import a_slot_or_file_named
 
 
 @command(
@@ -28,6 +29,7 @@ def plot(
             metavar="SLOT",
             show_default=False,
             help="Slots (0, 0_draft, ...) or saved layout files; default: all slots.",
+            autocompletion=a_slot_or_file_named,
         ),
     ] = None,
     output: Annotated[

@@ -23,7 +23,7 @@ from .render.output import TABLE, WIDE, Form, print_answer
 from .render.table import Column
 from .render.text import complain, console, print_json, printable, remark, size_text
 from .selection import heading, is_path, stale_status_of_all, why_stale
-from .slot_choice import slots_and_files_named
+from .slot_choice import a_slot_or_file_named
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +38,7 @@ _Slots = Annotated[
         metavar="SLOT",
         show_default=False,
         help="Slots (0, 0_draft, ...) or saved layout files; default: all slots.",
-        autocompletion=slots_and_files_named,
+        autocompletion=a_slot_or_file_named,
     ),
 ]
 _Watch = Annotated[bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")]

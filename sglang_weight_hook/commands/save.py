@@ -30,6 +30,7 @@ from .app import Misused, command
 from .options import AddressOption, DirOption, JsonOption, MatchOption, ViaOption
 from .render.text import complain, print_json, print_line, remark, size_text
 from .selection import heading, is_wanted, slots_in
+from .slot_choice import a_slot_or_file_named
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -58,6 +59,7 @@ def save_(
             metavar="SLOT",
             help="A slot of a running server (0, 0_draft, ...), or with --via mooncake or nixl a "
             "saved layout file.",
+            autocompletion=a_slot_or_file_named,
         ),
     ],
     path: _File,

@@ -21,6 +21,7 @@ from .options import AddressOption, DirOption, MatchOption, ViaOption
 from .render import scrub_metrics
 from .render.text import clock, complain, print_line, size_text
 from .selection import is_wanted, refuse_path, slots_in
+from .slot_choice import slots_named
 
 _RATE = 5.0  # MiB/s: less than 1 % of a core
 _BASELINE_RATE = 200.0
@@ -40,6 +41,7 @@ _Slots = Annotated[
         metavar="SLOT",
         show_default=False,
         help="Slots to watch (0, 0_draft, ...); default: all slots.",
+        autocompletion=slots_named,
     ),
 ]
 _Rate = Annotated[

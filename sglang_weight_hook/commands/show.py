@@ -24,6 +24,7 @@ from .render.output import Form, print_answer
 from .render.table import Column
 from .render.text import address_text, print_json, remark, size_text
 from .selection import document_of, heading, is_wanted, stale_status, standing
+from .slot_choice import one_of
 
 _ORDERS: dict[Optional[str], Callable[[Tensor], Any]] = {
     "name": lambda tensor: tensor.name,
@@ -47,11 +48,16 @@ _Sort = Annotated[
     typer.Option(
         help="Order by name, address or size (largest first); default: the model's order.",
         metavar="KEY",
+        autocompletion=one_of(("name", "address", "size")),
     ),
 ]
 _Role = Annotated[
     Optional[str],
-    typer.Option(help=f"Only tensors of this role: {', '.join(ROLES)}.", metavar="ROLE"),
+    typer.Option(
+        help=f"Only tensors of this role: {', '.join(ROLES)}.",
+        metavar="ROLE",
+        autocompletion=one_of(ROLES),
+    ),
 ]
 _Layer = Annotated[Optional[int], typer.Option(help="Only tensors of layer N.", metavar="N")]
 _Top = Annotated[Optional[int], typer.Option(help="Only the first N tensors.", metavar="N", min=1)]
@@ -60,6 +66,7 @@ _By = Annotated[
     typer.Option(
         help="Only the sums for each KEY: role, layer or dtype.",
         metavar="KEY",
+        autocompletion=one_of(_GROUPS),
     ),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable, Iterable
 
 from ..reader import HookError, open_directory
 
@@ -21,6 +22,16 @@ def slots_and_files_named(incomplete: str) -> list[str]:
     """The same, and saved layouts and folders, for arguments that may be either."""
     files = [path for path in sorted(glob.glob(glob.escape(incomplete) + "*")) if _is_choice(path)]
     return slots_named(incomplete) + files
+
+
+def a_slot_or_file_named(incomplete: str) -> list[str]:
+    """The same, for an argument that is nearly always a slot: files once one is begun."""
+    return slots_and_files_named(incomplete) if incomplete else slots_named(incomplete)
+
+
+def one_of(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """What completes one of a few words."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def _is_choice(path: str) -> bool:

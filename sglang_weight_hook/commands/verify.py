@@ -17,6 +17,7 @@ from .output import asked_form
 from .render.output import TABLE, WIDE, print_answer
 from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
+from .slot_choice import a_slot_or_file_named
 
 
 @command(
@@ -32,6 +33,7 @@ def verify_(
             metavar="SLOT",
             show_default=False,
             help="A slot (0, 0_draft, ...) or a saved layout file; default: all slots.",
+            autocompletion=a_slot_or_file_named,
         ),
     ] = None,
     directory: DirOption = None,

@@ -16,6 +16,7 @@ from .options import DirOption
 from .render.event import event_parts
 from .render.text import clock, complain, print_line, printable
 from .selection import inside, refuse_path
+from .slot_choice import slots_named
 
 
 @command(
@@ -31,6 +32,7 @@ def watch(
             metavar="SLOT",
             show_default=False,
             help="Only events of this slot (0, 0_draft, ...); default: all slots.",
+            autocompletion=slots_named,
         ),
     ] = None,
     directory: DirOption = None,

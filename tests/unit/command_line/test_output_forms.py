@@ -16,6 +16,7 @@ from ended_command import ROOT, Run, sentence
 from fake_sglang import FakeRunner
 
 from sglang_weight_hook.commands.render import table
+from sglang_weight_hook.commands.render.output import FORMS
 from sglang_weight_hook.commands.selection import is_like
 from sglang_weight_hook.layout import files
 
@@ -291,6 +292,25 @@ def completed(folder: Path, words: str, slots: Path) -> list[str]:
 
 def test_a_shell_completes_names_of_slots(two_slots: Path) -> None:
     assert completed(ROOT, "sglang-weight-hook show ", two_slots) == ["0", "1"]
+
+
+@pytest.mark.parametrize("command", ["watch", "history", "verify", "scrub", "report", "plot"])
+def test_a_shell_completes_slots_for_every_command(command: str, two_slots: Path) -> None:
+    assert completed(ROOT, f"sglang-weight-hook {command} ", two_slots) == ["0", "1"]
+
+
+def test_a_shell_completes_what_an_option_may_be(two_slots: Path) -> None:
+    assert completed(ROOT, "sglang-weight-hook show -o ", two_slots) == list(FORMS)
+    assert completed(ROOT, "sglang-weight-hook show --by d", two_slots) == ["dtype"]
+    assert completed(ROOT, "sglang-weight-hook show --role mo", two_slots) == ["moe_expert"]
+    assert completed(ROOT, "sglang-weight-hook save --via m", two_slots) == ["mooncake"]
+
+
+def test_python_m_installs_no_completion_for_python(run_python: Any) -> None:
+    for option in ("--show-completion", "--install-completion"):
+        done = run_python("-m", "sglang_weight_hook", option, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "pip install ." in done.stderr
 
 
 def test_a_shell_completes_slots_and_saved_layouts_for_diff(
