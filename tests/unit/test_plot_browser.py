@@ -190,14 +190,17 @@ def test_search_finds_names_aliases_dtypes_and_addresses(show: Show) -> None:
     document["tensors"]["model.layers.1.mlp.down_proj.weight"]["dtype"] = "torch.float8_e4m3fn"
     inside = hex(BASE + 3 * MIB + 16)  # the second one begins at 3 MiB
     asked = ["mlp down", "tied", "float8", inside, hex(BASE + 2 * MIB + 5), "nothing like it"]
+    (buffer,) = document["memory"]["kv_cache"]
+    asked.append(str(buffer["ptr"] + 1000))
     dom = show([document], act=SEARCH % json.dumps(asked))
     assert results_of(dom) == [
         "2 tensors",
         "1 tensor",
         "1 tensor",
         "model.layers.0.self_attn.o_proj.weight + 16 bytes",
-        "no tensor holds this address",
+        "no tensor and no KV cache holds this address",
         "0 tensors",
+        "KV cache k_buffer.0 of slot 0 + 1,000 bytes",
     ]
 
 
