@@ -29,6 +29,8 @@ def found_in(path: str) -> Iterator[tuple[str, str]]:
                 yield from _of(document)
         except HookError as error:
             yield "note", f"slot {slot.name} cannot be looked at: {error}"
+    if len(slots) > _SLOTS:
+        yield "good", f"of {len(slots)} slots the first {_SLOTS} were tried"
 
 
 def _of(document: Document) -> Iterator[tuple[str, str]]:

@@ -92,7 +92,8 @@ def _print(
             unreadable += 1
         elif slot.document is None and not allow_stale:
             status = ACT
-    _tell_exited([slot for slot in slots if slot.document is None and not slot.is_unreadable])
+    for line in _those_exited(slots):
+        complain(line)
     counted = [slot.document for slot in slots if slot.document is not None]
     status = max(status, stale_status_of_all(counted, allow_stale))
     if unreadable:
@@ -220,22 +221,19 @@ class _Processes:
         return tuple(map(str, (state.get("hostname"), *process_of(state))))
 
 
-def _tell_exited(slots: list[_Accounted]) -> None:
-    """Those whose owner has exited, a line a directory, however many they are."""
+def _those_exited(slots: list[_Accounted]) -> list[str]:
+    """What is said of those whose owner has exited: a line a directory, however many they are."""
     by_directory: dict[str, list[str]] = {}
     for slot in slots:
-        by_directory.setdefault(slot.directory, []).append(slot.name)
-    for place, names in by_directory.items():
-        if len(names) == 1:
-            which = (
-                f"slot {names[0]} in {place} is left out: its owner has exited (--gone counts it)"
-            )
-        else:
-            which = (
-                f"slots {some_of(names)} in {place} are left out: their owners have exited (--gone "
-                f"counts them)"
-            )
-        complain(which)
+        if slot.document is None and not slot.is_unreadable:
+            by_directory.setdefault(slot.directory, []).append(slot.name)
+    return [
+        f"slot {names[0]} in {place} is left out: its owner has exited (--gone counts it)"
+        if len(names) == 1
+        else f"slots {some_of(names)} in {place} are left out: their owners have exited (--gone "
+        f"counts them)"
+        for place, names in by_directory.items()
+    ]
 
 
 class _Accounted:
@@ -341,10 +339,19 @@ def _picture(asked: list[Directory], names: set[str], count_stale: bool) -> Rend
     processes = _Processes(found)
     found = [slot for slot in found if not names or slot.name in names]
     slots = [_Accounted(slot, count_stale, processes.has_only(slot)) for slot in found]
+    told += _those_exited(slots)
+    exited = [slot.name for slot in slots if slot.document is not None and slot.alive is False]
+    if exited:
+        told.append(f"counted although their owners have exited: slots {some_of(exited)}")
     for slot in slots:
-        why = slot.why_not if slot.document is None else why_stale(slot.document)
-        if why is not None:
-            told.append(f"slot {slot.name}: {why}")
+        if slot.is_unreadable:
+            told.append(f"slot {slot.name}: {slot.why_not}")
+        elif (
+            slot.document is not None
+            and slot.alive
+            and (why := why_stale(slot.document)) is not None
+        ):
+            told.append(why)
     gpus = totals.per_gpu([slot.document for slot in slots if slot.document is not None])
     columns, rows = _table(gpus, totals.together(gpus))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

@@ -250,6 +250,15 @@ def test_watch_of_an_empty_directory_ends_with_a_sentence_and_not_with_0(
         assert f"no slot was published in {maps} within 0.1 s" in ended.complaints[-1]
 
 
+def test_doctor_says_how_many_slots_it_has_tried(run: Run, maps: Path, layout: Any) -> None:
+    from sglang_weight_hook.commands import memory_access
+
+    assert not any("were tried" in text for _, text in memory_access.found_in(str(maps)))
+    for number in range(1, 12):
+        shutil.copy(maps / files.STATE.format(0), maps / files.STATE.format(number))
+    assert ("good", "of 12 slots the first 8 were tried") in memory_access.found_in(str(maps))
+
+
 def test_report_watches_until_it_is_interrupted(
     run: Run, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

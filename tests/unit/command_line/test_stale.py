@@ -138,3 +138,22 @@ def test_report_names_many_dead_slots_in_one_line(
     assert len(headings) == 1
     assert headings[0].startswith("hostname,gpu_id,")
     assert len(run("report", "--gone", "--allow-stale", "-o", "csv").out.splitlines()) > 1
+
+
+@pytest.mark.parametrize("more", [[], ["--gone"]])
+def test_report_watch_names_many_dead_slots_in_one_line(
+    more: list[str], run: Run, dead: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_weight_hook.commands import report
+
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    monkeypatch.setenv("COLUMNS", "300")
+    for number in range(1, 9):
+        for name in ("weight_layout_{}.json", "weight_state_{}.json", "weight_owner_{}.lock"):
+            shutil.copy(dead / name.format(0), dead / name.format(number))
+    told = [line for line in run("report", "--watch", *more).out.splitlines() if "exited" in line]
+    assert len(told) == 1
+    assert "0, 1, 2, 3, 4, 5 and 3 more" in told[0]
