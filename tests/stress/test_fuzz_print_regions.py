@@ -46,7 +46,7 @@ def test_a_mistake_in_the_c_example_is_found(
     source = SOURCE.read_text()
     assert source.count(old) == 1
     fuzzing = Fuzzing(build(tmp_path, source.replace(old, new), cc), tmp_path, SEED)
-    fuzzing.run(60)  # until the first one
+    fuzzing.run(300)  # until the first one
     assert fuzzing.failure is not None
     assert says in fuzzing.failure
     number = int(fuzzing.failure.split("case ")[1].split(":")[0])
