@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 from ..memory import sums
 from ..reader import Document, Tensor
@@ -18,7 +18,7 @@ from .options import (
     ViaOption,
 )
 from .output import asked_form
-from .render.output import print_answer
+from .render.output import Form, print_answer
 from .render.table import Column
 from .render.text import complain, print_json, remark, size_text
 from .selection import document_of, heading, is_wanted, standing
@@ -73,6 +73,19 @@ def checksum(
             }
         )
         return status
+    _print_rows(form, rows, wrong)
+    if left_out:
+        remark(
+            f"{len(left_out)} tensors are left out, whose contents change on the way of a request "
+            f"or are not on the device: {', '.join(left_out[:3])}"
+        )
+    for name in wrong:
+        complain(f"{name} is not what the server has published a checksum of")
+    remark(f"{len(rows)} tensors, {sums.ALGORITHM}; {standing(document)}")
+    return status
+
+
+def _print_rows(form: Form, rows: list[tuple[Tensor, str]], wrong: list[str]) -> None:
     print_answer(
         form,
         [Column("checksum"), Column("size", right=True), Column("name")],
@@ -88,20 +101,11 @@ def checksum(
         ],
         ("name", "size", "checksum", "differs_from_published"),
     )
-    if left_out:
-        remark(
-            f"{len(left_out)} tensors are left out, whose contents change on the way of a request "
-            f"or are not on the device: {', '.join(left_out[:3])}"
-        )
-    for name in wrong:
-        complain(f"{name} is not what the server has published a checksum of")
-    remark(f"{len(rows)} tensors, {sums.ALGORITHM}; {standing(document)}")
-    return status
 
 
 def _summed(
     document: Document, chosen: list[Tensor], via: Optional[str], address: Optional[str]
-) -> list[tuple[Any, str]]:
+) -> list[tuple[Tensor, str]]:
     with document.open_memory(via=via, address=address) as memory:
         rows = [(each, sums.checksum(memory.pieces(each.name))) for each in chosen]
         memory.check()  # all of them are of one generation

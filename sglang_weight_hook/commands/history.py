@@ -35,6 +35,17 @@ _FIELDS = (
 )
 
 
+_Slot = Annotated[
+    Optional[str],
+    typer.Argument(
+        metavar="SLOT",
+        show_default=False,
+        help="Only events of this slot (0, 0_draft, ...); default: of all slots, by time.",
+        autocompletion=slots_named,
+    ),
+]
+
+
 @command(
     "history",
     "sglang-weight-hook history --since 12h\n"
@@ -42,15 +53,7 @@ _FIELDS = (
     "sglang-weight-hook history --kind unannounced_change",
 )
 def history(
-    slot: Annotated[
-        Optional[str],
-        typer.Argument(
-            metavar="SLOT",
-            show_default=False,
-            help="Only events of this slot (0, 0_draft, ...); default: of all slots, by time.",
-            autocompletion=slots_named,
-        ),
-    ] = None,
+    slot: _Slot = None,
     directory: DirOption = None,
     since: Annotated[
         Optional[str],

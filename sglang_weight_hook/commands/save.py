@@ -36,6 +36,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+_Slot = Annotated[
+    str,
+    typer.Argument(
+        metavar="SLOT",
+        help="A slot of a running server (0, 0_draft, ...), or with --via mooncake or nixl a "
+        "saved layout file.",
+        autocompletion=a_slot_or_file_named,
+    ),
+]
 _File = Annotated[
     str,
     typer.Argument(
@@ -53,15 +62,7 @@ _File = Annotated[
     "sglang-weight-hook save 0 m.safetensors --shard-size 10GB --hold",
 )
 def save_(
-    slot: Annotated[
-        str,
-        typer.Argument(
-            metavar="SLOT",
-            help="A slot of a running server (0, 0_draft, ...), or with --via mooncake or nixl a "
-            "saved layout file.",
-            autocompletion=a_slot_or_file_named,
-        ),
-    ],
+    slot: _Slot,
     path: _File,
     directory: DirOption = None,
     match: MatchOption = None,

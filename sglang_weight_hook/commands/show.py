@@ -107,17 +107,10 @@ def show(
     document = document_of(directory, slot)
     status = stale_status(document, allow_stale)
     every = list(document.iter_tensors())
-    chosen = [
-        tensor
-        for tensor in every
-        if is_wanted(tensor, match)
-        and (role is None or tensor.role == role)
-        and (layer is None or tensor.layer == layer)
-    ]
+    chosen = _chosen(every, match, role, layer)
     if sort:
         chosen.sort(key=_ORDERS[sort])
-    if top is not None:
-        chosen = chosen[:top]
+    chosen = chosen[:top]
     summed = _sums(chosen, len(every))
     groups = None if by is None else _grouped(chosen, by)
     if form.is_json and groups is not None:
@@ -142,6 +135,18 @@ def show(
     if every and not chosen:
         remark(_why_none(every, match))
     return status
+
+
+def _chosen(
+    every: list[Tensor], match: Optional[str], role: Optional[str], layer: Optional[int]
+) -> list[Tensor]:
+    return [
+        tensor
+        for tensor in every
+        if is_wanted(tensor, match)
+        and (role is None or tensor.role == role)
+        and (layer is None or tensor.layer == layer)
+    ]
 
 
 def _why_none(every: list[Tensor], match: Optional[str]) -> str:

@@ -19,6 +19,16 @@ from .render.text import print_item, print_json, printable
 from .selection import is_path, slots_in, standing
 from .slot_choice import a_slot_or_file_named
 
+_Slot = Annotated[
+    Optional[str],
+    typer.Argument(
+        metavar="SLOT",
+        show_default=False,
+        help="A slot (0, 0_draft, ...) or a saved layout file; default: all slots.",
+        autocompletion=a_slot_or_file_named,
+    ),
+]
+
 
 @command(
     "verify",
@@ -27,15 +37,7 @@ from .slot_choice import a_slot_or_file_named
     "sglang-weight-hook verify --live -o csv",
 )
 def verify_(
-    slot: Annotated[
-        Optional[str],
-        typer.Argument(
-            metavar="SLOT",
-            show_default=False,
-            help="A slot (0, 0_draft, ...) or a saved layout file; default: all slots.",
-            autocompletion=a_slot_or_file_named,
-        ),
-    ] = None,
+    slot: _Slot = None,
     directory: DirOption = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 on warnings, too, not only on errors.")

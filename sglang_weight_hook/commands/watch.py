@@ -18,6 +18,27 @@ from .render.text import clock, complain, print_line, printable
 from .selection import inside, refuse_path
 from .slot_choice import slots_named
 
+_Slot = Annotated[
+    Optional[str],
+    typer.Argument(
+        metavar="SLOT",
+        show_default=False,
+        help="Only events of this slot (0, 0_draft, ...); default: all slots.",
+        autocompletion=slots_named,
+    ),
+]
+_AllEvents = Annotated[
+    bool, typer.Option("--all-events", help="Also print the start of each event (`updating`).")
+]
+_Begins = Annotated[bool, typer.Option("--begins", hidden=True)]  # its name in 0.1
+_Count = Annotated[
+    Optional[int], typer.Option(help="Stop after N completed events.", metavar="N", min=1)
+]
+_Timeout = Annotated[
+    Optional[float], typer.Option(help="Stop after S seconds.", metavar="S", min=0)
+]
+_JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object for each event.")]
+
 
 @command(
     "watch",
@@ -26,30 +47,13 @@ from .slot_choice import slots_named
     "sglang-weight-hook watch --count 1 --timeout 60",
 )
 def watch(
-    slot: Annotated[
-        Optional[str],
-        typer.Argument(
-            metavar="SLOT",
-            show_default=False,
-            help="Only events of this slot (0, 0_draft, ...); default: all slots.",
-            autocompletion=slots_named,
-        ),
-    ] = None,
+    slot: _Slot = None,
     directory: DirOption = None,
-    all_events: Annotated[
-        bool,
-        typer.Option("--all-events", help="Also print the start of each event (`updating`)."),
-    ] = False,
-    begins: Annotated[bool, typer.Option("--begins", hidden=True)] = False,  # its name in 0.1
-    count: Annotated[
-        Optional[int], typer.Option(help="Stop after N completed events.", metavar="N", min=1)
-    ] = None,
-    timeout: Annotated[
-        Optional[float], typer.Option(help="Stop after S seconds.", metavar="S", min=0)
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each event.")
-    ] = False,
+    all_events: _AllEvents = False,
+    begins: _Begins = False,
+    count: _Count = None,
+    timeout: _Timeout = None,
+    as_json: _JsonLines = False,
 ) -> int:
     """Print a line for each completed event, until Ctrl-C.
 
@@ -88,12 +92,16 @@ def watch(
     except KeyboardInterrupt:
         return ACT if left_out else 0
     if not were_any:
-        what = "no slot" if slot is None else f"no slot {slot}"
-        raise HookError(
-            f"{what} was published in {found.path} within {timeout or 0:g} s; check --dir and that "
-            f"the server has loaded its model"
-        )
+        raise _none_within(found, slot, timeout or 0.0)
     return ACT if left_out or count is not None else 0
+
+
+def _none_within(found: Directory, slot: Optional[str], seconds: float) -> HookError:
+    what = "no slot" if slot is None else f"no slot {slot}"
+    return HookError(
+        f"{what} was published in {found.path} within {seconds:g} s; check --dir and that the "
+        f"server has loaded its model"
+    )
 
 
 def _say_what_is_waited_for(found: Directory, slot: Optional[str]) -> None:
