@@ -53,8 +53,8 @@ _Addresses = Annotated[
     list[str],
     typer.Argument(
         metavar="ADDRESS",
-        help="Addresses: hexadecimal (0x...) or decimal; - reads them from stdin.  After them may "
-        "stand a slot, or a saved layout file.",
+        help="Addresses: hexadecimal (0x...) or decimal; - reads them from stdin.  A slot or a "
+        "saved layout file as the last word is the same as --slot.",
     ),
 ]
 _OneSlot = Annotated[
