@@ -87,21 +87,25 @@ METRICS = {
     ),
     "layout_generation": Metric(
         "gauge",
-        "Rises when the address, size or name of one of the slot's weights has changed, so that "
-        "what was registered has to be registered again.",
+        "Layout generation of the slot: rises when the address, size or name of a weight has "
+        "changed, so that memory registered for RDMA or IPC has to be registered again.",
     ),
     "content_generation": Metric(
-        "gauge", "Rises when values of the slot's weights have changed, or may have changed."
+        "gauge",
+        "Content generation of the slot: rises when values of its weights have changed, or may "
+        "have changed.",
     ),
     "physical_epoch": Metric(
         "gauge",
-        "Rises when other physical pages were put behind unchanged addresses of the slot's "
-        "weights, so that all of them have to be registered again.",
+        "Physical epoch of the slot's weights: rises when other physical pages were put behind "
+        "unchanged addresses, so that memory registered for RDMA or IPC has to be registered "
+        "again.",
     ),
     "kv_physical_epoch": Metric(
         "gauge",
-        "Rises when other physical pages were put behind unchanged addresses of the slot's KV "
-        "cache, so that it has to be registered again.",
+        "Physical epoch of the slot's KV cache: rises when other physical pages were put behind "
+        "unchanged addresses, so that memory registered for RDMA or IPC has to be registered "
+        "again.",
     ),
     "checked_timestamp_seconds": Metric(
         "gauge",
