@@ -358,7 +358,7 @@ def serve(registry: str, places: list[str]) -> None:
         if registry:
             registration = Registration(Etcd([registry]), url, os.path.basename(place), TTL)
         urls[place] = url
-        await server._serve(settings, made, _presentation(), registration, started.set)
+        await server.serve(settings, made, _presentation(), registration, started.set)
 
     async def all_of_them() -> None:
         events = {place: asyncio.Event() for place in places}

@@ -140,7 +140,7 @@ class Following:
             state, lived = None, False
             if not self.directory.speaks(agent):  # what was known is its, and not another slot's
                 state, lived = self._known.pop((agent.url, one.id), (None, False))
-            slot = RemoteSlot(agent, one.id, name, one.failure)
+            slot = self.directory.made(*one)
             yield Change(slot, state, lived, False, str(one.failure))
 
     def _problem(self, agent: RemoteAgent, key: Key, problem: str) -> Iterator[Change]:
@@ -151,4 +151,4 @@ class Following:
             yield Change(slot, state, lived, False, f"slot {slot.name}: {problem}")
 
     def _slot(self, agent: RemoteAgent, id: str) -> RemoteSlot:
-        return RemoteSlot(agent, id, self.directory.name_of(agent, id))
+        return self.directory.made(agent, id, self.directory.name_of(agent, id))

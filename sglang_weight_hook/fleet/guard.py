@@ -13,6 +13,7 @@ import socket
 from collections.abc import Collection
 from typing import Any, Optional
 
+from .identity import HEADER, Identity
 from .representation import failure
 
 HEALTH = "/healthz"  # for whoever only wants to know whether the agent runs
@@ -27,8 +28,16 @@ _HEADERS = (
 class Guard:
     """An ASGI application in front of another one."""
 
-    def __init__(self, app: Any, token: Optional[str] = None, hosts: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        app: Any,
+        token: Optional[str] = None,
+        hosts: Collection[str] = (),
+        identity: Optional[Identity] = None,
+    ) -> None:
+        """``identity``: what the agent registers under, which is told to whoever may ask."""
         self._app = app
+        self._told = [] if identity is None else [(HEADER.encode(), identity.header.encode())]
         self._token = None if token is None else _digest(token.encode())
         self._hosts = {"localhost", socket.gethostname().lower(), *(h.lower() for h in hosts)}
 
@@ -37,16 +46,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        refusal = None
+        if scope["path"] != HEALTH:
+            refusal = self._refusal(scope)
+        told = [] if refusal is not None or scope["path"] == HEALTH else self._told
+
         async def with_headers(event: Any) -> None:
             if event["type"] == "http.response.start":
                 present = {name.lower() for name, _ in event["headers"]}
                 more = [pair for pair in _HEADERS if pair[0] not in present]
-                event = {**event, "headers": [*event["headers"], *more]}
+                event = {**event, "headers": [*event["headers"], *more, *told]}
             await send(event)
 
-        refusal = None
-        if scope["path"] != HEALTH:
-            refusal = self._refusal(scope)
         await (refusal or self._app)(scope, receive, with_headers)
 
     def _refusal(self, scope: Any) -> Any:

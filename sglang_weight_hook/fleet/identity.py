@@ -5,7 +5,13 @@ An address alone does not tell: another agent may have it by now, or two may hav
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Optional
+from urllib.parse import quote, unquote
+
+from ..reader import HookError
+
+HEADER = "sglang-weight-agent"  # of every answer of an agent that registers its slots
 
 
 class Identity(NamedTuple):
@@ -32,5 +38,59 @@ class Identity(NamedTuple):
             cls.of(found.get("id"), found.get("node")) if isinstance(found, dict) else UNREGISTERED
         )
 
+    @property
+    def header(self) -> str:
+        """As a value of `HEADER`.
+
+        >>> Identity("a", "node 1/x").header
+        'a/node%201%2Fx'
+        """
+        return f"{quote(self.id, safe='')}/{quote(self.node, safe='')}"
+
+    @classmethod
+    def in_headers(cls, headers: Mapping[str, str]) -> Identity:
+        """Of who has answered; ``headers`` by their names in lower case.
+
+        >>> Identity.in_headers({HEADER: "a/node%201"}), Identity.in_headers({}) == UNREGISTERED
+        (Identity(id='a', node='node 1'), True)
+        """
+        id, _, node = headers.get(HEADER, "").partition("/")
+        return cls.of(unquote(id), unquote(node))
+
 
 UNREGISTERED = Identity("", "")
+
+
+class Speaker:
+    """Who has registered a slot, and is believed what it says of it, and nobody else."""
+
+    def __init__(
+        self,
+        slot: str,
+        url: str,
+        identity: Identity,
+        look_up: Optional[Callable[[], Optional[Identity]]] = None,
+    ) -> None:
+        """``look_up``: who has registered it at ``url`` by now; None: nobody."""
+        self.slot, self.url, self.identity = slot, url, identity
+        self._look_up = look_up
+
+    def check(self, answered: Identity) -> None:
+        """Raises HookError where another one has answered, and has not registered it since."""
+        if answered == self.identity:
+            return
+        now = None if self._look_up is None else self._look_up()
+        if now is None or now != answered:
+            raise another(self.slot, self.url)
+        self.identity = now
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process nobody asks the registry again."""
+        return Speaker, (self.slot, self.url, self.identity)
+
+
+def another(slot: str, url: str) -> HookError:
+    return HookError(
+        f"slot {slot} is registered at {url}, and another agent has that address: the one that "
+        f"registered it has ended, or two have one --advertise; look again"
+    )

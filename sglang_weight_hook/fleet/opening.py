@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Optional
 
 from ..layout.location import without_user
 from ..reader import Directory, HookError
 from .access import ETCD_USER, TOKEN, access_from_environment
+from .identity import Speaker
 from .registry_reading import Registry
 from .remote_agent import RemoteAgent
 from .remote_directory import AgentDirectory, RegistryDirectory
@@ -40,9 +42,11 @@ def open_url(url: str) -> Directory:
     return RegistryDirectory(f"{scheme}://{','.join(with_port)}", registry, access)
 
 
-def reopened(url: str, is_named_by_registry: bool, id: str, name: str) -> RemoteSlot:
+def reopened(
+    url: str, is_named_by_registry: bool, id: str, name: str, speaker: Optional[Speaker]
+) -> RemoteSlot:
     """A slot in another process than the one that has listed it."""
-    return RemoteSlot(_agent(url, is_named_by_registry), id, name)
+    return RemoteSlot(_agent(url, is_named_by_registry), id, name, speaker=speaker)
 
 
 @functools.lru_cache(maxsize=256)

@@ -60,10 +60,16 @@ class Registry:
 
     def slots(self) -> list[Registered]:
         """Every slot that is registered now, all of one revision."""
-        return [_registered(key, value) for key, value in self._rows()]
+        end = PREFIX[:-1].encode() + b"0"  # "0" comes after "/"
+        return [_registered(key, value) for key, value in self._rows(PREFIX.encode(), end)]
 
-    def _rows(self) -> Iterator[tuple[bytes, bytes]]:
-        first, end = PREFIX.encode(), PREFIX[:-1].encode() + b"0"  # "0" comes after "/"
+    def slot(self, hostname: str, id: str) -> Optional[Registered]:
+        """One of them; None where it is not registered now."""
+        wanted = f"{PREFIX}{hostname}/{id}".encode("utf-8", "surrogateescape")
+        rows = self._rows(wanted, wanted + b"\0")
+        return next((_registered(key, value) for key, value in rows), None)
+
+    def _rows(self, first: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         revision, count = 0, 0
         while True:
             asked = {

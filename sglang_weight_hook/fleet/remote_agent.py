@@ -21,7 +21,7 @@ from ..layout.documents import SCHEMA, STATE_SCHEMA
 from ..reader import HookError, Unreachable
 from ..reader.files import MAX_DOCUMENT_BYTES, check_schema, file_name
 from .access import TOKEN, Access, TokenInClear
-from .identity import Identity
+from .identity import Identity, Speaker
 from .wire import Answer, Peer, Stop
 
 SCHEMA_NAME, SCHEMA_VERSION = "sglang-weight-agent", 1
@@ -135,29 +135,38 @@ class RemoteAgent:
         self._down = None
         return listing
 
-    def entry(self, id: str, max_age: float = FRESH) -> Optional[Mapping[str, Any]]:
+    def entry(
+        self, id: str, max_age: float = FRESH, speaker: Optional[Speaker] = None
+    ) -> Optional[Mapping[str, Any]]:
         """What the agent says of one slot; None where it has no such slot."""
         known = self._listing
         if known is not None and time.monotonic() - known.at <= max_age:
+            if speaker is not None:
+                speaker.check(known.identity)
             return known.entries.get(id)
-        found = self._json(self._of(id), REQUEST_TIMEOUT, _ENTRY_BYTES, may_miss=True)
+        path = self._of(id)
+        found = self._json(path, REQUEST_TIMEOUT, _ENTRY_BYTES, True, speaker)
         return None if found is None else self.checked_entry(found)
 
-    def state(self, id: str) -> Optional[tuple[dict[str, Any], int]]:
+    def state(
+        self, id: str, speaker: Optional[Speaker] = None
+    ) -> Optional[tuple[dict[str, Any], int]]:
         """The state document as it is now, and its size as published."""
-        answer = self._ask(self._of(id, "/state"), REQUEST_TIMEOUT, _STATE_BYTES)
+        path = self._of(id, "/state")
+        answer = self._ask(path, REQUEST_TIMEOUT, _STATE_BYTES, speaker=speaker)
         if answer.status == 404:
             return None
         state = self._object(self._good(answer))
         check_schema(state, STATE_SCHEMA, self._of_slot(id, "the state document"))
         return state, len(answer.body)
 
-    def layout(self, id: str) -> Optional[dict[str, Any]]:
+    def layout(self, id: str, speaker: Optional[Speaker] = None) -> Optional[dict[str, Any]]:
         """The layout document as it is now; fetched only where it has changed."""
         key = self.url, id
         known = _layouts.get(key)
         headers = {"If-None-Match": known[0]} if known else {}
-        answer = self._ask(self._of(id, "/layout"), REQUEST_TIMEOUT, MAX_DOCUMENT_BYTES, headers)
+        path = self._of(id, "/layout")
+        answer = self._ask(path, REQUEST_TIMEOUT, MAX_DOCUMENT_BYTES, headers, speaker)
         if answer.status == 404:
             return None
         if answer.status == 304 and known:
@@ -171,18 +180,24 @@ class RemoteAgent:
         check_schema(layout, SCHEMA, self._of_slot(id, "the layout"))
         return layout
 
-    def transport(self, id: str) -> Optional[dict[str, Any]]:
+    def transport(self, id: str, speaker: Optional[Speaker] = None) -> Optional[dict[str, Any]]:
         """What transfer engines have registered, unchecked; None where none runs."""
         path = self._of(id, "/transport")
-        found = self._json(path, REQUEST_TIMEOUT, _ENTRY_BYTES, may_miss=True)
+        found = self._json(path, REQUEST_TIMEOUT, _ENTRY_BYTES, True, speaker)
         return None if found is None else dict(found)
 
-    def history(self, id: str, since: Optional[float], kind: Optional[str]) -> list[Any]:
+    def history(
+        self,
+        id: str,
+        since: Optional[float],
+        kind: Optional[str],
+        speaker: Optional[Speaker] = None,
+    ) -> list[Any]:
         """The events of a slot's log, unchecked."""
         asked = {"since": since, "kind": kind, "limit": _MOST_EVENTS}
         query = urlencode({name: value for name, value in asked.items() if value is not None})
         path = self._of(id, f"/history?{query}")
-        found = self._json(path, REQUEST_TIMEOUT, _ANSWER_BYTES, may_miss=True)
+        found = self._json(path, REQUEST_TIMEOUT, _ANSWER_BYTES, True, speaker)
         if found is None:
             raise HookError(f"{self._of_slot(id, 'no event')} was logged; check the slot's name")
         events = found.get("events")
@@ -190,9 +205,10 @@ class RemoteAgent:
             raise self.garbled("the history has no events")
         return events
 
-    def ids_at(self, address: int) -> dict[str, Optional[str]]:
+    def ids_at(self, address: int, speaker: Optional[Speaker] = None) -> dict[str, Optional[str]]:
         """The slots that have something at an address; with a problem, where that is unknown."""
-        found = self._json(f"/lookup/{address:#x}", LOOKUP_TIMEOUT, _ANSWER_BYTES)
+        path = f"/lookup/{address:#x}"
+        found = self._json(path, LOOKUP_TIMEOUT, _ANSWER_BYTES, speaker=speaker)
         ids: dict[str, Optional[str]] = {}
         for one in _objects(found, "addresses"):
             ids.update(
@@ -224,25 +240,41 @@ class RemoteAgent:
 
     # -- requests
 
-    def _json(self, path: str, timeout: float, limit: int, may_miss: bool = False) -> Any:
-        answer = self._ask(path, timeout, limit)
+    def _json(
+        self,
+        path: str,
+        timeout: float,
+        limit: int,
+        may_miss: bool = False,
+        speaker: Optional[Speaker] = None,
+    ) -> Any:
+        answer = self._ask(path, timeout, limit, speaker=speaker)
         if may_miss and answer.status == 404:
             return None
         return self._object(self._good(answer))
 
     def _ask(
-        self, path: str, timeout: float, limit: int, headers: Optional[Mapping[str, str]] = None
+        self,
+        path: str,
+        timeout: float,
+        limit: int,
+        headers: Optional[Mapping[str, str]] = None,
+        speaker: Optional[Speaker] = None,
     ) -> Answer:
+        """``speaker``: who is to answer; another one is not believed, nor that it knows nothing."""
         down = self._down
         if down is not None and path != "/slots" and time.monotonic() - down[0] <= FRESH:
             raise down[1]
         try:
-            return self._peer.ask(
+            answer = self._peer.ask(
                 path, timeout, limit, {**self._authorization(), **(headers or {})}
             )
         except Unreachable as error:
             self._down = time.monotonic(), error
             raise
+        if speaker is not None and answer.status in (200, 206, 304, 404):
+            speaker.check(Identity.in_headers(answer.headers))
+        return answer
 
     def _authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -376,6 +408,11 @@ class NoAgent(RemoteAgent):
         self._why = why
 
     def _ask(
-        self, path: str, timeout: float, limit: int, headers: Optional[Mapping[str, str]] = None
+        self,
+        path: str,
+        timeout: float,
+        limit: int,
+        headers: Optional[Mapping[str, str]] = None,
+        speaker: Optional[Speaker] = None,
     ) -> Answer:
         raise HookError(self._why)

@@ -12,9 +12,11 @@ from ..reader.gathering import gather
 from ..reader.slot import LOOK_AGAIN
 from .access import Access
 from .following import Following
+from .identity import UNREGISTERED, Identity, Speaker, another
 from .registry_reading import Registered, Registry
 from .remote_agent import LISTING_TIMEOUT, LOOKUP_TIMEOUT, Listing, NoAgent, RemoteAgent
 from .remote_slot import RemoteSlot
+from .wire import Peer
 
 
 class Member(NamedTuple):
@@ -42,10 +44,12 @@ class RemoteDirectory(Directory):
 
     def _remote_slots(self) -> list[RemoteSlot]:
         members = self._members()
-        return [
-            RemoteSlot(one.agent, one.id, one.name, one.failure)
-            for one in sorted(members, key=lambda one: slot_order(one.name))
-        ]
+        return [self.made(*one) for one in sorted(members, key=lambda one: slot_order(one.name))]
+
+    def made(
+        self, agent: RemoteAgent, id: str, name: str, failure: Optional[HookError] = None
+    ) -> RemoteSlot:
+        return RemoteSlot(agent, id, name, failure, self.speaker(agent, name))
 
     def slot(self, name: str) -> Slot:
         raise NotImplementedError
@@ -58,13 +62,13 @@ class RemoteDirectory(Directory):
         slots = self._remote_slots()
         if len(slots) == 1 or len(addresses) > MOST_ADDRESSES:
             return list(slots)
-        agents = {slot.agent.url: slot.agent for slot in slots if slot.failure is None}
+        agents = {slot.agent.url: slot for slot in slots if slot.failure is None}
 
-        def asked(agent: RemoteAgent) -> Callable[[], dict[str, Optional[str]]]:
-            return lambda: _united(agent.ids_at(address) for address in addresses)
+        def asked(one: RemoteSlot) -> Callable[[], dict[str, Optional[str]]]:
+            return lambda: _united(one.agent.ids_at(address, one.speaker) for address in addresses)
 
         found = gather(
-            {url: asked(agent) for url, agent in agents.items()}, LOOKUP_TIMEOUT * len(addresses)
+            {url: asked(one) for url, one in agents.items()}, LOOKUP_TIMEOUT * len(addresses)
         )
         kept: list[Slot] = []
         for slot in slots:
@@ -113,6 +117,10 @@ class RemoteDirectory(Directory):
     def name_of(self, agent: RemoteAgent, id: str) -> str:
         """What a slot of an agent is called here."""
         raise NotImplementedError
+
+    def speaker(self, agent: RemoteAgent, name: str) -> Optional[Speaker]:
+        """Who is believed at the agent's address; None: whoever answers."""
+        return None
 
     def speaks(self, agent: RemoteAgent) -> bool:
         """Whether who answers at an agent's address is who was meant."""
@@ -167,12 +175,14 @@ class RegistryDirectory(RemoteDirectory):
         self._access = access
         self._by_url: dict[str, RemoteAgent] = {}
         self._rows: dict[str, list[Registered]] = {}  # by the agent's URL
-        self._called: dict[tuple[str, str], str] = {}  # what has left the registry, too
+        # What has left the registry, too.
+        self._called: dict[tuple[str, str], str] = {}
+        self._identities: dict[tuple[str, str], Identity] = {}  # by the agent's URL and the name
 
     def slot(self, name: str) -> Slot:
         for one in self._members():
             if one.name == name:
-                return RemoteSlot(one.agent, one.id, one.name, one.failure)
+                return self.made(*one)
         raise HookError(
             f"no slot {name} is registered in {self.path}; a slot there is called HOST:SLOT"
         )
@@ -198,7 +208,7 @@ class RegistryDirectory(RemoteDirectory):
         if isinstance(listing, HookError):
             failure = listing
         elif listing.identity != row.identity:
-            failure = _another(row, agent)
+            failure = another(row.name, agent.url)
         elif row.id not in listing.entries:
             failure = HookError(
                 f"slot {row.name} is registered, and its agent at {agent.url} does not have it: "
@@ -228,6 +238,7 @@ class RegistryDirectory(RemoteDirectory):
             if isinstance(at, RemoteAgent):
                 by_agent.setdefault(at.url, []).append(row)
                 self._called[at.url, row.id] = row.name
+                self._identities[at.url, row.name] = row.identity
         self._rows = by_agent
         return found
 
@@ -242,23 +253,28 @@ class RegistryDirectory(RemoteDirectory):
         known = self._called.get((agent.url, id))
         return known if known is not None else f"{agent.url.partition('://')[2]}:{id}"
 
+    def speaker(self, agent: RemoteAgent, name: str) -> Optional[Speaker]:
+        hostname, _, id = name.partition(":")
+
+        def look_up() -> Optional[Identity]:
+            row = self._registry.slot(hostname, id)
+            if row is None or row.url is None or Peer(row.url, self._access).url != agent.url:
+                return None
+            return row.identity
+
+        known = self._identities.get((agent.url, name), UNREGISTERED)
+        return Speaker(name, agent.url, known, look_up)
+
     def speaks(self, agent: RemoteAgent) -> bool:
         rows = self._rows.get(agent.url, ())
         return any(row.identity == agent.identity for row in rows)
 
     def mistaken(self, agent: RemoteAgent) -> list[Member]:
         return [
-            Member(agent, row.id, row.name, _another(row, agent))
+            Member(agent, row.id, row.name, another(row.name, agent.url))
             for row in self._rows.get(agent.url, ())
             if agent.identity is not None and row.identity != agent.identity
         ]
-
-
-def _another(row: Registered, agent: RemoteAgent) -> HookError:
-    return HookError(
-        f"slot {row.name} is registered at {agent.url}, and another agent has that address: the "
-        f"one that registered it has ended, or two have one --advertise; look again"
-    )
 
 
 def _is_of_another_run(row: Registered, entry: Mapping[str, Any]) -> bool:

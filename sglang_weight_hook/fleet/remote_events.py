@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..reader import HookError
-from .identity import UNREGISTERED, Identity
+from .identity import UNREGISTERED, Identity, Speaker
 from .wire import Stop
 
 if TYPE_CHECKING:
@@ -70,9 +70,11 @@ def follow(
     stopped: Stop,
     until: Optional[float] = None,
     id: Optional[str] = None,
+    speaker: Optional[Speaker] = None,
 ) -> Generator[Told, None, None]:
     """What an agent tells, until ``stopped`` or that time: every slot as it is, then each change.
 
+    ``speaker``: whose word counts; that another one answers is a failure, too.
     An agent that does not answer is asked again, and each failure told.
     """
     last_id: Optional[str] = None
@@ -83,11 +85,15 @@ def follow(
                 for number, sent in enumerate(sent_events(lines)):
                     if stopped.is_set():
                         return
-                    if number == 0 and sent.name != AGENT:
-                        yield UNREGISTERED
+                    told = _told(agent, sent)
+                    if number == 0:
+                        who = told if isinstance(told, Identity) else UNREGISTERED
+                        if speaker is not None:
+                            speaker.check(who)
+                        if who is not told:
+                            yield who
                     pause = PAUSE
                     last_id = sent.id if sent.id is not None else last_id
-                    told = _told(agent, sent)
                     if told is not None:
                         yield told
         except HookError as error:
@@ -128,7 +134,7 @@ def changes_of(
 ) -> Generator[Mapping[str, Any], None, None]:
     """What the agent says of one slot: as it is, and at each change; ends after ``timeout``."""
     until = None if timeout is None else time.monotonic() + timeout
-    with contextlib.closing(follow(slot.agent, Stop(), until, slot.id)) as all_told:
+    with contextlib.closing(follow(slot.agent, Stop(), until, slot.id, slot.speaker)) as all_told:
         for told in all_told:
             if isinstance(told, Mapping) and told["id"] == slot.id:
                 yield told

@@ -28,6 +28,7 @@ from ..reader.files import check_schema
 from ..reader.history import event_of
 from ..reader.ownership import Liveness, process_of
 from ..reader.slot import belong_together, generation_of, settled, state_of
+from .identity import Speaker
 from .remote_agent import FRESH, RemoteAgent
 
 _SUMS = ("weights_bytes", "kv_cache_bytes", "lora_bytes", "off_device_bytes")
@@ -45,21 +46,25 @@ class RemoteSlot(Slot):
         id: str,
         name: Optional[str] = None,
         failure: Optional[HookError] = None,
+        speaker: Optional[Speaker] = None,
     ) -> None:
         """``id``: at the agent; ``name``: here, where slots of several agents are together.
 
-        ``failure``: why the listing that named the slot knows nothing of it.
+        ``failure``: why the listing that named the slot knows nothing of it; ``speaker``: who is
+        believed at the agent's address, None: whoever answers.
         """
         super().__init__(agent.url, name if name is not None else id)
         self.agent = agent
         self.id = id
         self.failure = failure
+        self.speaker = speaker
         self._failed_at = time.monotonic()
 
     def __reduce__(self) -> tuple[Any, ...]:
         from .opening import reopened
 
-        return reopened, (self.agent.url, self.agent.is_named_by_registry, self.id, self.name)
+        named = self.agent.is_named_by_registry
+        return reopened, (self.agent.url, named, self.id, self.name, self.speaker)
 
     def path(self, document: str) -> str:
         """Where the agent has one of `files.DOCUMENTS`: for messages."""
@@ -97,7 +102,7 @@ class RemoteSlot(Slot):
         self.raise_failure()
         while True:
             before = self._state_now()
-            layout = self.agent.layout(self.id)
+            layout = self.agent.layout(self.id, self.speaker)
             if layout is not None:
                 after = self._state_now()
                 if belong_together(before, layout, after):
@@ -153,7 +158,7 @@ class RemoteSlot(Slot):
         return None
 
     def state_size(self) -> int:
-        found = self.agent.state(self.id)
+        found = self.agent.state(self.id, self.speaker)
         if found is None:
             raise self._missing()
         return found[1]
@@ -165,8 +170,8 @@ class RemoteSlot(Slot):
     def transport(self) -> Optional[dict[str, Any]]:
         """What the server's transfer engines have registered; from an agent with a token."""
         self.raise_failure()
-        found = self.agent.transport(self.id)
-        entry = self.agent.entry(self.id)
+        found = self.agent.transport(self.id, self.speaker)
+        entry = self.agent.entry(self.id, speaker=self.speaker)
         if found is None or entry is None:
             return None
         # It names the slot as its directory does, which is not what it is called here.
@@ -198,7 +203,7 @@ class RemoteSlot(Slot):
         )
 
     def _liveness_now(self) -> Liveness:
-        entry = self.agent.entry(self.id, 0.0)
+        entry = self.agent.entry(self.id, 0.0, self.speaker)
         if entry is None:
             raise self._missing()
         return self._liveness_in(entry)
@@ -286,7 +291,7 @@ class RemoteSlot(Slot):
 
     def _entry(self) -> Optional[Mapping[str, Any]]:
         self.raise_failure()
-        return self.agent.entry(self.id)
+        return self.agent.entry(self.id, speaker=self.speaker)
 
     def fail(self, failure: HookError) -> None:
         """From now on and for `FRESH` seconds nothing is known of the slot."""
@@ -299,7 +304,7 @@ class RemoteSlot(Slot):
             self.failure = None
 
     def _state_now(self) -> dict[str, Any]:
-        found = self.agent.state(self.id)
+        found = self.agent.state(self.id, self.speaker)
         if found is None:
             raise self._missing()
         return found[0]
@@ -325,7 +330,7 @@ class RemoteHistory(History):
         self.skipped = 0
         slot = self._remote
         slot.raise_failure()
-        for raw in slot.agent.history(slot.id, self._since, self._kind):
+        for raw in slot.agent.history(slot.id, self._since, self._kind, slot.speaker):
             event = event_of(self.slot, raw)
             if event is None:
                 self.skipped += 1

@@ -118,16 +118,17 @@ def run(
     # Before uvicorn has its own handlers: an early signal is an end, not a traceback.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end_at_once)
-    asyncio.run(_serve(settings, made, presentation, registration, started))
+    asyncio.run(serve(settings, made, presentation, registration, started))
 
 
-async def _serve(
+async def serve(
     settings: Settings,
     made: socket.socket,
     presentation: Presentation,
     registration: Optional[Registration],
     started: Callable[[], None],
 ) -> None:
+    """`run` in an event loop that others may run in, too; leaves their signals alone."""
     loop = asyncio.get_running_loop()
     feed = Feed(identity=None if registration is None else registration.identity)
 
@@ -146,7 +147,7 @@ async def _serve(
         settings.token is not None,
         dict if registration is None else registration.figures,
     )
-    guard = Guard(agent.application(), settings.token, settings.hosts)
+    guard = Guard(agent.application(), settings.token, settings.hosts, feed.identity)
     server = _Server(_config(settings, guard), feed)
     await asyncio.to_thread(views.start)
     if registration is not None:

@@ -71,6 +71,7 @@ class Server:
 
     def __init__(self, said: Mapping[str, Told]) -> None:
         self.said = dict(said)
+        self.identity: Optional[str] = "a/node1"  # of the agent that is played, in each answer
         self.asked: list[tuple[str, dict[str, str]]] = []  # paths, and headers in lower case
         self.ended = threading.Event()
         server = self
@@ -101,7 +102,9 @@ class Server:
             found = json.dumps(found).encode()
         reply = Reply(found) if isinstance(found, bytes) else found
         handler.send_response(reply.status)
-        for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
+        told = {} if self.identity is None else {"Sglang-Weight-Agent": self.identity}
+        told["Content-Length"] = str(len(reply.body))
+        for name, value in {**told, **reply.headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
         if reply.cut is not None:

@@ -26,6 +26,10 @@ class Rows(Registry):
         self.rows: list[Registered] = list(rows)
         self.failure: HookError | None = None
 
+    def slot(self, hostname: str, id: str) -> Registered | None:
+        found = (row for row in self.slots() if (row.hostname, row.id) == (hostname, id))
+        return next(found, None)
+
     def slots(self) -> list[Registered]:
         if self.failure is not None:
             raise self.failure
