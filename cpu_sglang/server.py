@@ -71,7 +71,7 @@ class Server:
         cwd: str | os.PathLike[str] | None = None,
         log_path: str | os.PathLike[str] | None = None,
         command: Sequence[str] | None = None,
-        start_timeout: float = 300.0,
+        start_timeout: float = 600.0,
         on_progress: Progress | None = None,
     ) -> None:
         self.environment = environment
