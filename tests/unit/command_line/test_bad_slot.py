@@ -134,7 +134,6 @@ def test_report_goes_on_after_a_directory_that_is_not_there(
     assert " 0\n" in ended.out
 
 
-@pytest.mark.usefixtures("layout")
 def test_plot_names_the_place_that_it_was_given(
     run: Run, runner: FakeRunner, tmp_path: Path
 ) -> None:
@@ -142,6 +141,7 @@ def test_plot_names_the_place_that_it_was_given(
     assert f"({place})" in sentence(run("plot", "--output", place), 1)
 
 
+@pytest.mark.usefixtures("layout")
 def test_plot_writes_through_no_link_and_leaves_no_part_behind(run: Run, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
