@@ -33,15 +33,14 @@ def main() -> None:
         print(json.dumps(what), file=answers, flush=True)
         sys.stdin.readline()
 
-    first = sglang.Engine(model_path=model, **SETTINGS)
-    second = sglang.Engine(model_path=other, **SETTINGS)
+    engines = [sglang.Engine(model_path=path, **SETTINGS) for path in (model, other)]
     tell("serving")
-    updated = first.update_weights_from_disk(other)
+    updated = engines[0].update_weights_from_disk(other)
     assert updated[0], updated
     tell("updated")
-    first.shutdown()
+    engines[0].shutdown()
+    # What is left of the other is ended with the program.
     tell("one shut down")
-    second.shutdown()
 
 
 # SGLang spawns its schedulers, and each of them imports this file anew.
