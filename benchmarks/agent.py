@@ -153,7 +153,9 @@ def _follow_events(port: int, arrivals: _Arrivals) -> None:
     with contextlib.suppress(OSError, http.client.HTTPException):
         while line := response.readline():
             if line.startswith(b"data: "):
-                arrivals.seen(json.loads(line[6:])["state"])
+                state = json.loads(line[6:]).get("state")  # there is none in who speaks
+                if state is not None:
+                    arrivals.seen(state)
 
 
 def _follow_etcd(url: str, arrivals: _Arrivals) -> None:
