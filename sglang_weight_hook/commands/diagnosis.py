@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Optional
 from .. import __version__
 from ..layout import location, variables
 from . import memory_access, subscribed, torch_devices
+from .sglang_gaps import gaps
 from .sglang_sources import Sources
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -292,38 +293,6 @@ def _loader_of_a_usual_start() -> Optional[str]:
 # --- SGLang ---------------------------------------------------------------------------------
 
 
-class Gap(NamedTuple):
-    """A part of SGLang that holds weights and is not hooked."""
-
-    name: str
-    paths: tuple[str, ...]  # below SGLang's package; any of them means that it is there
-    text: str
-
-
-GAPS = (
-    Gap(
-        "encoder-only servers",
-        ("srt/disaggregation/encode_server.py", "srt/disaggregation/encoder/server.py"),
-        "load their model without a ModelRunner: they publish nothing",
-    ),
-    Gap(
-        "MlxModelRunnerStub",
-        ("srt/hardware_backend/mlx/model_runner_stub.py",),
-        "overrides load_model: on Apple's MLX nothing is published",
-    ),
-    Gap(
-        "weight-cache daemon",
-        ("srt/weight_cache/daemon.py",),
-        "keeps weights in a process of its own and publishes nothing; servers that map them do",
-    ),
-    Gap(
-        "multimodal_gen",
-        ("multimodal_gen/runtime/managers/gpu_worker.py",),
-        "diffusion models have workers of their own: they publish nothing",
-    ),
-)
-
-
 def _sglang(data: dict[str, Any], entries: list[Found]) -> Iterator[Fact]:
     version = None
     with contextlib.suppress(Exception):
@@ -369,12 +338,9 @@ def _sglang(data: dict[str, Any], entries: list[Found]) -> Iterator[Fact]:
             BAD,
             f"{found.name} is not in {found.module}: {found.event} will not be seen",
         )
-    hooked = {entry.module for entry in core.ENTRY_POINTS}
-    for gap in GAPS:
-        present = [path for path in gap.paths if source.exists(path)]
-        if present and not any(_module(path) in hooked for path in present):
-            data["sglang"]["gaps"].append({"name": gap.name, "path": present[0], "text": gap.text})
-            yield Fact("Known gap", NOTE, f"{gap.name} ({present[0]}): {gap.text}")
+    for gap, path in gaps(source, events):
+        data["sglang"]["gaps"].append({"name": gap.name, "path": path, "text": gap.text})
+        yield Fact("Known gap", NOTE, f"{gap.name} ({path}): {gap.text}")
 
 
 def _devices(data: dict[str, Any]) -> Iterator[Fact]:
@@ -405,10 +371,6 @@ def _package_folders() -> list[str]:
             if spec is not None and spec.submodule_search_locations:
                 return [path for path in spec.submodule_search_locations if os.path.isdir(path)]
     return []
-
-
-def _module(path: str) -> str:
-    return "sglang." + os.path.splitext(path)[0].replace("/", ".")
 
 
 # --- variables and the output directory -----------------------------------------------------

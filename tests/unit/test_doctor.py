@@ -19,6 +19,7 @@ import pytest
 import sglang_weight_hook_patch_core as core
 from sglang_weight_hook.commands import diagnosis as doctor
 from sglang_weight_hook.commands.diagnosis import BAD, GOOD, NOTE, Diagnosis
+from sglang_weight_hook.commands.sglang_gaps import GAPS, Gap
 from sglang_weight_hook.commands.sglang_sources import Sources
 from sglang_weight_hook.layout import variables
 
@@ -111,7 +112,8 @@ def test_known_gaps_are_named_where_they_are_and_not_hooked(
     sglang: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = sglang("0.5.23")
-    assert texts(doctor.diagnose(), "Known gap") == []
+    (one,) = texts(doctor.diagnose(), "Known gap")  # of what every release has
+    assert one.startswith("new tensors of a single bucket (srt/model_executor/")
     old = package / "srt/disaggregation/encode_server.py"
     old.parent.mkdir(parents=True, exist_ok=True)
     old.touch()
@@ -130,6 +132,43 @@ def test_known_gaps_are_named_where_they_are_and_not_hooked(
     for name in ("encode_server.py", "MlxModelRunnerStub", "weight-cache daemon", "multimodal_gen"):
         assert name in said
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("gap", GAPS, ids=lambda gap: gap.name)
+def test_each_gap_is_told_by_its_file_with_its_reason(
+    gap: Gap, sglang: Callable[..., Path]
+) -> None:
+    package = sglang("0.5.23")
+    events = [entry for entry in core.ENTRY_POINTS if gap.event and entry.event == gap.event]
+    hooked = [entry.module.split(".", 1)[1].replace(".", "/") + ".py" for entry in events]
+    for path in (*gap.paths, *hooked):
+        (package / path).unlink(missing_ok=True)
+    told = f"{gap.name} ({gap.paths[0]}): {gap.text}"
+    assert told not in texts(doctor.diagnose(), "Known gap")
+    first = package / gap.paths[0]
+    first.parent.mkdir(parents=True, exist_ok=True)
+    first.write_text("def something_else(): pass\n")
+    # The entry points of its event are gone with the files that were taken away.
+    assert (told in texts(doctor.diagnose(), "Known gap", NOTE)) == (not gap.defined)
+    first.write_text(f"def {gap.defined or 'it'}(): pass\n")
+    found = doctor.diagnose()
+    assert told in texts(found, "Known gap", NOTE)
+    entry = {"name": gap.name, "path": gap.paths[0], "text": gap.text}
+    assert entry in found.as_dict()["sglang"]["gaps"]
+
+
+def test_the_page_has_every_gap_in_the_words_of_the_table() -> None:
+    page = (ROOT / "docs" / "sglang-support.md").read_text()
+    section = page.partition("## What is not captured\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    told = [
+        f"| {gap.name} | `{gap.paths[0]}` | {gap.text} |"
+        for gap in GAPS
+        if not gap.event  # the others have an entry point in the table
+    ]
+    assert rows[1:] == told
+    wrapped = {entry.event for entry in core.ENTRY_POINTS}
+    assert {gap.event for gap in GAPS if gap.event} <= wrapped
 
 
 def test_an_environment_without_diffusion_lacks_nothing(sglang: Callable[..., Path]) -> None:
