@@ -58,6 +58,10 @@ WORKER_MIXIN = (
     "sglang.multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin",
     "GPUWorkerPostTrainingMixin",
 )
+PIPELINE = (
+    "sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base",
+    "ComposedPipelineBase",
+)
 
 OLDEST = "0.4.6.post5"
 NEWEST = "0.5.23"
@@ -155,6 +159,8 @@ ENTRY_POINTS = (
 
     # The worker loads its pipeline as it is built (CPUWorker calls this __init__, too).
     EntryPoint("pipeline_ready", "build", WORKER, "__init__", "self", "0.5.5"),
+    # A stage that loads a component with its first request (VAE), or anew (transformer, on MPS).
+    EntryPoint("late_component", "adapt", PIPELINE, "add_module", "process", "0.5.6"),
     EntryPoint(_DISK, "update", WORKER, _DISK, "self", "0.5.9", "0.5.13.post1"),
     EntryPoint(_DISK, "update", WORKER_MIXIN, _DISK, "self", "0.5.14"),
     EntryPoint(_TENSOR, "stream", WORKER_MIXIN, _TENSOR, "self", "0.5.14"),

@@ -135,6 +135,12 @@ FORMS: dict[tuple[str, str], list[tuple[str, list[Call]]]] = {
             [Call((0, 0, 1, "s"), {}), Call((), dict.fromkeys(_BUILDING_A_WORKER, 0))],
         )
     ],
+    ("ComposedPipelineBase", "add_module"): [
+        (
+            "(self, module_name, module)",
+            [Call(("vae", "m"), {}), Call((), {"module_name": "vae", "module": "m"})],
+        )
+    ],
     ("GPUWorker", "update_weights_from_disk"): [DISK_OF_A_PIPELINE],
     ("GPUWorkerPostTrainingMixin", "update_weights_from_disk"): [DISK_OF_A_PIPELINE],
     ("GPUWorkerPostTrainingMixin", "update_weights_from_tensor"): [

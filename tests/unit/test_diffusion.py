@@ -17,6 +17,7 @@ import pytest
 from fake_sglang import event
 from published_files import generations, layout_of, state_of
 
+import sglang_weight_hook_patch_core as core
 from sglang_weight_hook.publisher import capture, diffusion, events, recorder
 
 torch = pytest.importorskip("torch")
@@ -106,6 +107,28 @@ def test_the_components_of_a_pipeline_of_diffusers_are_found_inside_it(maps: Pat
         "unet.weight": unet.weight.data_ptr(),
         "unet.bias": unet.bias.data_ptr(),
     }
+
+
+def test_a_component_that_a_stage_loads_late_is_published_with_its_request(
+    worker: CPUWorker, maps: Path
+) -> None:
+    (entry,) = (entry for entry in core.ENTRY_POINTS if entry.event == "late_component")
+
+    def add_module(pipeline: TinyPipeline, module_name: str, module: Any) -> None:
+        pipeline.modules[module_name] = module
+
+    before = generations(maps, "3")
+    late = torch.nn.Linear(2, 2)
+    core.make_wrapper(add_module, entry)(worker.pipeline, "video_vae", late)
+    assert addresses(maps) == {
+        **truth(worker),
+        "video_vae.weight": late.weight.data_ptr(),
+        "video_vae.bias": late.bias.data_ptr(),
+    }
+    layouts, contents = before
+    assert generations(maps, "3") == (layouts + 1, contents)
+    state = state_of(maps, "3")
+    assert (state["state"], state["event"]["kind"]) == ("ready", "late_component")
 
 
 def test_modules_that_moved_are_published_where_they_are_and_hold_the_same(

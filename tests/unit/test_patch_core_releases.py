@@ -125,6 +125,7 @@ def test_each_release_has_the_places_of_its_diffusion_worker(version: str) -> No
     updater = "GPUWorkerPostTrainingMixin" if since("0.5.14", "it") else "GPUWorker"
     lora = "GPUWorker.set_lora" if since("0.5.6", "it") else "GPUWorker.set_lora_adapter"
     assert places("pipeline_ready") == since("0.5.5", "GPUWorker.__init__")
+    assert places("late_component") == since("0.5.6", "ComposedPipelineBase.add_module")
     assert places("set_lora") == since("0.5.5", lora)
     for event in ("merge_lora_weights", "unmerge_lora_weights"):
         assert places(event) == since("0.5.5", f"GPUWorker.{event}")
