@@ -70,11 +70,12 @@ GAPS = (
         "pipeline, and SGLang's own weights updater does not know it either",
     ),
     Gap(
-        "weights cast for a stage of diffusion",
+        "weights that a diffusion request casts",
         ("multimodal_gen/runtime/utils/precision.py",),
-        "inside temporary_module_dtype a component whose precision differs has weights of another "
-        "dtype, elsewhere, and afterwards they are elsewhere again: the map is untrue until its "
-        "next check (SGLANG_WEIGHT_HOOK_CHECK_SECONDS), which publishes an unannounced_change",
+        "a component that a request uses in another precision is cast, inside "
+        "temporary_module_dtype or as it is brought to its device, and lies elsewhere then: the map "
+        "is untrue until its next check (SGLANG_WEIGHT_HOOK_CHECK_SECONDS), which publishes an "
+        "unannounced_change",
         defined="temporary_module_dtype",
     ),
     # Those that the table has entries for: a gap only where this SGLang has none of their methods.
