@@ -73,8 +73,8 @@ GAPS = (
         "weights that a diffusion request casts",
         ("multimodal_gen/runtime/utils/precision.py",),
         "a component that a request uses in another precision is cast, inside "
-        "temporary_module_dtype or as it is brought to its device, and lies elsewhere then: the map "
-        "is untrue until its next check (SGLANG_WEIGHT_HOOK_CHECK_SECONDS), which publishes an "
+        "temporary_module_dtype or as it is brought to its device, and lies elsewhere then: the "
+        "map is untrue until its next check (SGLANG_WEIGHT_HOOK_CHECK_SECONDS), which publishes an "
         "unannounced_change",
         defined="temporary_module_dtype",
     ),
