@@ -214,9 +214,11 @@ class Peer:
                         raise
                 except HANG_UPS:
                     connection.close()
-                    if is_new or body is not None:
+                    if is_new:
                         raise
-                    continue  # the other side had closed what was kept open
+                    # The other side had closed what was kept open, and what a reader asks, etcd's
+                    # questions by POST too, changes nothing.
+                    continue
                 except BaseException:
                     connection.close()
                     raise

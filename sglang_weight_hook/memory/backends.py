@@ -45,9 +45,9 @@ def readable(document: Document, via: Optional[str]) -> Document:
         return document
     if via not in TRANSFERS:
         raise NotReadable(
-            f"a saved copy of a map has no memory behind it on this machine; open the slot with "
-            f"open_slot(), or read it from afar with via={' or '.join(TRANSFERS)} and a copy of "
-            f"its weight_transport_….json beside it"
+            f"a saved copy of a map has no memory behind it on this machine; give the slot itself, "
+            f"or read it from afar with via={' or '.join(TRANSFERS)} and a copy of its "
+            f"weight_transport_….json beside it"
         )
     state = {**document.state, "content_generation": content_generation_of(document, via)}
     return Document(document.slot, document.raw, state, is_live=False)

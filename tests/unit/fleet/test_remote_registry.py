@@ -18,6 +18,7 @@ from hostile_server import Server, a_listing, an_entry
 
 from sglang_weight_hook import Directory, HookError, Unreachable, open_directory
 from sglang_weight_hook.fleet import registry_reading, remote_agent
+from sglang_weight_hook.fleet.etcd import Etcd
 
 if TYPE_CHECKING:
     from ended_command import Run
@@ -68,6 +69,16 @@ def a_value(url: object, hostname: str = "node1", id: str = "0") -> dict[str, An
         "slot": id,
         "agent": {"url": url, "id": "a"},
     }
+
+
+def test_an_etcd_that_was_started_again_is_asked_over_a_new_connection(etcd: EtcdServer) -> None:
+    fleet = open_directory(url_of(etcd))
+    assert eventually(lambda: names(fleet) == [])
+    etcd.kill()
+    etcd.start()
+    Etcd([etcd.url], timeout=30).get("/a")  # it has come up
+    time.sleep(remote_agent.FRESH)
+    assert names(fleet) == []
 
 
 def test_the_slots_of_two_machines_are_one_directory(
