@@ -168,10 +168,25 @@ def test_what_is_pulled_from_two_ranks_is_what_sglang_says(
             wait_for_end(pid)
         for said in reader.pull(good):
             assert said["raised"] == "NotReadable", said
+    wait_for_ports()
     with serve() as server:  # other runners in other processes, on the same ports
         for said in reader.pull(good):
             assert said["raised"] in ("NotReadable", "Changed"), said
         assert assert_pulled(server, reader) == before
+
+
+def wait_for_ports() -> None:
+    """Until the kernel has forgotten the connections of so many pulls (TIME_WAIT, 60 s): Mooncake
+    binds its port without SO_REUSEADDR."""
+    first, last = int(PORTS["MC_MIN_RPC_PORT"]), int(PORTS["MC_MAX_RPC_PORT"])
+    deadline = time.monotonic() + 120
+    while True:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        busy = [row[1] for row in rows if first <= int(row[1].rpartition(":")[2], 16) <= last]
+        if not busy:
+            return
+        assert time.monotonic() < deadline, busy
+        time.sleep(1)
 
 
 def assert_pulled(server: HookedServer, reader: FarReader) -> list[dict[str, str]]:
