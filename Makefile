@@ -36,7 +36,7 @@ test-matrix: tools ## a real server of every SGLang line (some 25 minutes); writ
 test-truth: tools ## maps against the bytes themselves, row by row (some 25 minutes); writes docs/truth-matrix.md
 	TRUTH_TABLE=docs/truth-matrix.md $(BIN)/python -m pytest -q -s tests/real_sglang/truth tests/real_sglang/diffusion tests/real_sglang/programs
 
-test-transfer: tools ## real servers with a subscriber, Mooncake and NIXL; two ranks, two network namespaces (some 6 minutes)
+test-transfer: tools ## real servers with a subscriber, Mooncake and NIXL; two ranks, two network namespaces (some 10 minutes)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m transfer tests/real_sglang
 
 test-gpu: tools ## on a machine with a CUDA device and SGLang
