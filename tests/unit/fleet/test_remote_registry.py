@@ -114,7 +114,7 @@ def test_a_silent_agent_is_shown_and_its_slots_are_not_summed_over(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote_agent, "LISTING_TIMEOUT", 5.0)
+    monkeypatch.setattr(remote_agent, "LISTING_TIMEOUT", 2.5)
     agents = []
     for node in ("one", "two"):
         publish(1, tmp_path / node)
