@@ -1,8 +1,8 @@
-"""A program whose schedulers are actors of Ray, on a machine without a GPU.
+"""A program whose scheduler is an actor of Ray, on a machine without a GPU.
 
 Run by the hooked interpreter:  ray_engine.py MODEL OTHER_MODEL
 
-Ray is told of a GPU that is not there, or it would not place the actors.  Says when the engine
+Ray is told of a GPU that is not there, or it would not place the actor.  Says when the engine
 serves, then updates from the other checkpoint, says so, and ends.
 """
 
@@ -54,7 +54,6 @@ def main() -> None:
     updated = engine.update_weights_from_disk(other)
     assert updated[0], updated
     tell("updated")
-    engine.shutdown()
     ray.shutdown()
 
 
