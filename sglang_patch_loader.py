@@ -31,6 +31,7 @@ CORE = "sglang_weight_hook_patch_core"
 TARGETS = frozenset(
     (
         "sglang.multimodal_gen.runtime.managers.gpu_worker",
+        "sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base",
         "sglang.multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin",
         "sglang.srt.disaggregation.encode_server",
         "sglang.srt.disaggregation.encoder.server",

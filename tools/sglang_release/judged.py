@@ -181,6 +181,11 @@ JUDGED: tuple[Judgement, ...] = (
         )
     ),
     Judgement(
+        EMPTY,
+        _PIPELINES + "composed_pipeline_base:ComposedPipelineBase.add_module",
+        "puts a component that a stage has loaded among the pipeline's modules",
+    ),
+    Judgement(
         BY_NAME,
         "multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin:"
         "GPUWorkerPostTrainingMixin.update_weights_from_tensor_checker",

@@ -40,7 +40,7 @@ def test_it_shows_what_becomes_of_slots_and_of_their_agent(
     for name in ("0", "1", "0@2"):
         terminal.matching(rf" {prefix}{name} +model +target ")
     publisher.tell("fail", 1)
-    terminal.matching(rf" {prefix}1 .* failed .*update_weights_from_disk failed")
+    terminal.matching(rf" {prefix}1 .* failed .*update_weights_from_disk")  # cut by the width
     terminal("send-keys", "Enter")  # the tensors of the first one
     terminal.until(f"slot {prefix}0 (ready): 4 tensors")
     terminal("send-keys", "Escape")

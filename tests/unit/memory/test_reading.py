@@ -94,7 +94,7 @@ def test_without_numpy_and_torch_bytes_can_be_read(
     )
     lines = run_python("-c", code, owner.slot.directory).stdout.splitlines()
     assert lines[:4] == [owner.digest(name) for name in ("padded", "columns", "steps", "scalar")]
-    assert "arrays need numpy" in lines[4]
+    assert "needs numpy" in lines[4]
     assert "tensors need torch" in lines[5]
 
 
