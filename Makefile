@@ -34,7 +34,7 @@ test-matrix: tools ## a real server of every SGLang line (some 25 minutes); writ
 	MATRIX_TABLE=docs/sglang-support.table.md $(BIN)/python -m pytest -q -s tests/real_sglang/test_matrix.py
 
 test-truth: tools ## maps against the bytes themselves, row by row (some 25 minutes); writes docs/truth-matrix.md
-	TRUTH_TABLE=docs/truth-matrix.md $(BIN)/python -m pytest -q -s tests/real_sglang/truth tests/real_sglang/diffusion tests/real_sglang/programs
+	TRUTH_TABLE=docs/truth-matrix.md $(BIN)/python -m pytest -q -s tests/real_sglang/truth tests/real_sglang/diffusion tests/real_sglang/programs tests/real_sglang/test_installation_methods.py
 
 test-transfer: tools ## real servers with a subscriber, Mooncake and NIXL; two ranks, two network namespaces (some 10 minutes)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m transfer tests/real_sglang

@@ -47,7 +47,7 @@ GGUF_TWICE = "Failed to get model loader: <sglang.srt.model_loader.loader.GGUFMo
 
 # fmt: off
 ROWS = [
-    Row("llama-tp2", "llama", ("--tp", "2"), "tensor parallel 2", tp=2, slots=2, short=True,
+    Row("llama-tp2", "llama", ("--tp", "2"), "tensor parallel 2", tp=2, slots=2,
         covered={CHECKER: 30, BY_NAME: 19},
         note="`/get_weights_by_name` answers for rank 0, and for both where it gathers"),
     Row("deepseek_v2", "deepseek_v2", short=True, covered={CHECKER: 24},
