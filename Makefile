@@ -16,7 +16,7 @@ help: ## list these targets
 demo: ## a real SGLang on this CPU, hooked: install, launch, read the map, update, uninstall
 	@$(PYTHON) -m demo
 
-test: lint test-unit test-install test-stress test-real ## everything CI runs (some 35 minutes on two cores; the first run installs SGLang)
+test: lint test-unit test-install test-stress test-real ## everything CI runs (some 37 minutes on two cores; the first run installs SGLang)
 
 test-unit: tools ## the parts, with real tensors and real processes
 	$(BIN)/python -m pytest -q -n $(JOBS) tests/unit tests/compatibility
