@@ -12,7 +12,6 @@ from ..reader import Document, HookError, Slot, open_file
 from .app import ACT, command
 from .directories import directory_at
 from .options import AllowStaleOption, DirOption
-from .render import page
 from .render.text import complain, print_line
 from .selection import document_of, is_alive, slots_in, stale_status_of_all
 from .slot_choice import a_slot_or_file_named
@@ -78,6 +77,8 @@ _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 def _write(
     documents: list[Document], output: str, earlier: Optional[Sequence[Mapping[str, Any]]]
 ) -> None:
+    from .render import page
+
     page.write_html(
         [document.raw for document in documents],
         output,
@@ -113,6 +114,8 @@ def _read(slots: list[Slot]) -> list[Document]:
 
 def _drawable(documents: list[Document]) -> list[Document]:
     """Of several documents, those that can be drawn; looked for only once drawing all failed."""
+    from .render import page
+
     found, last = [], None
     for document in documents:
         try:
