@@ -202,8 +202,10 @@ class Disk:
             yield
         finally:
             # Removed while it is held.  Whoever waits finds that its file is no longer there.
+            # One with something in it is no lock of ours, and stays.
             with contextlib.suppress(OSError):
-                os.unlink(self.absolute(LOCK))
+                if os.fstat(descriptor).st_size == 0:
+                    os.unlink(self.absolute(LOCK))
             os.close(descriptor)
 
     def wait_for_others(self) -> None:
