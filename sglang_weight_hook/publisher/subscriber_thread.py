@@ -222,8 +222,13 @@ class SubscriberThread:
         with self._some:
             self._at_work = None
             turn.over.set()
-            is_news = not turn.is_awaited and (
-                turn.method == "after" or (turn.method == "missed" and turn.problem is not None)
+            # With calls in the queue it has not been told of all: the last of them says how it is.
+            is_news = (
+                not turn.is_awaited
+                and not any(waiting.slot == turn.slot for waiting in self._turns)
+                and (
+                    turn.method == "after" or (turn.method == "missed" and turn.problem is not None)
+                )
             )
             if is_news:
                 self._keep(turn.slot, turn.problem)
