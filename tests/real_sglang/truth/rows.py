@@ -7,6 +7,24 @@ from dataclasses import dataclass, field
 
 from tests.real_sglang.truth.comparison import BY_NAME, CHECKER
 
+# The moments of a row's life at which all there is is compared.
+LOOKS = (
+    "load",
+    "requests",
+    "update from disk",
+    "requests after it",
+    "session of tensors",
+    "session of flattened buckets",
+    "requests at the end",
+)
+# The same where SGLang refuses buckets.
+LOOKS_WITHOUT_BUCKETS = (
+    *LOOKS[:4],
+    "session of refused buckets",
+    "update from disk again",
+    LOOKS[-1],
+)
+
 
 @dataclass(frozen=True)
 class Row:

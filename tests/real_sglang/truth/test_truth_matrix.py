@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -27,8 +26,8 @@ from cpu_sglang.server import ServerFailed
 from tests.real_sglang.hooked import ROOT
 from tests.real_sglang.truth.comparison import PROBE, Moment, compare
 from tests.real_sglang.truth.outside_bytes import PublishedMap, settled_maps
-from tests.real_sglang.truth.report import Report
-from tests.real_sglang.truth.rows import ROWS, Row
+from tests.real_sglang.truth.report import record_server
+from tests.real_sglang.truth.rows import LOOKS, LOOKS_WITHOUT_BUCKETS, ROWS, Row
 from tests.real_sglang.truth.serving import EmbeddedEngine, ServedOverHttp, make_probed_venv
 
 pytestmark = pytest.mark.real_sglang
@@ -47,17 +46,6 @@ ENGINE_SETTINGS = {
 @pytest.fixture(scope="module")
 def probed_python(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_probed_venv(tmp_path_factory.mktemp("probed") / "venv", environment)
-
-
-@pytest.fixture(scope="module")
-def report() -> Iterator[Report]:
-    """Written to where TRUTH_TABLE says, once all rows are through."""
-    report = Report()
-    yield report
-    print("\n" + report.table())
-    path = os.environ.get("TRUTH_TABLE")
-    if path:
-        Path(path).write_text(report.page())
 
 
 def make_adapter(environment: Environment, model: Path, path: Path) -> Path:
@@ -150,7 +138,6 @@ def test_what_lies_at_the_published_addresses_is_what_sglang_says(
     environment: Environment,
     probed_python: Path,
     checkpoint: Callable[..., Path],
-    report: Report,
     tmp_path: Path,
 ) -> None:
     if row.scheme:
@@ -162,9 +149,9 @@ def test_what_lies_at_the_published_addresses_is_what_sglang_says(
         try:
             (live_quantized if row.scheme else live_through)(life, a, b, c)
         except BaseException as error:
-            report.add(row, life.moments, life.maps, str(error))
+            record_server(row, life.moments, life.maps, str(error))
             raise
-        report.add(row, life.moments, life.maps)
+        record_server(row, life.moments, life.maps)
 
 
 def live_through(life: Life, a: Path, b: Path, c: Path) -> None:
@@ -184,6 +171,8 @@ def live_through(life: Life, a: Path, b: Path, c: Path) -> None:
     back = no_buckets(life, a) if life.row.refuses_buckets else two_sessions(life, a, c)
     assert life.ask() == says_a
     life.look("requests at the end")
+    looks = LOOKS_WITHOUT_BUCKETS if life.row.refuses_buckets else LOOKS
+    assert tuple(life.moments) == looks
     # The first checkpoint is back, whatever way it took: so is every byte that comes of it.
     assert differing(loaded, back) == []
     for lie, maps in untrue_maps(life.maps):
