@@ -23,6 +23,7 @@ MODULES = (
     "bytes",
     "scrubbing",
     "transfer",
+    "subscribing",
     "residence",
     "fleet",
     "agent",

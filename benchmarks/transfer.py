@@ -63,8 +63,7 @@ def measure(quick: bool) -> Section:
             lines.append(Line(f"{name} is not installed", "", "", ""))
             continue
         lines += _pulling(name, 64 if quick else 256, 3 if quick else 11)
-    if importlib.util.find_spec("mooncake") is not None:
-        lines += _registering(3 if quick else 11)
+        lines += _registering(name, 3 if quick else 11)
     lines += _idling(3.0 if quick else 15.0)
     return Section("Weights through a transfer engine", lines, HOW, LIMITS)
 
@@ -180,10 +179,10 @@ def _alone(name: str, entry: Any) -> Callable[[list[tuple[int, int]], Buffer], N
     return by_nixl
 
 
-def _registering(rounds: int) -> list[Line]:
+def _registering(name: str, rounds: int) -> list[Line]:
     with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as output:
         settings = {OUTPUT: output.name, ROUNDS: str(rounds), SUBSCRIBER_TIMEOUT: "600"}
-        subscriber = "benchmarks.transfer_owner:timed"
+        subscriber = f"benchmarks.transfer_owner:{name}"
         with _owner(subscriber, TENSORS, 32, **settings) as (process, _):
             assert process.stdin is not None
             assert process.stdout is not None
@@ -196,7 +195,7 @@ def _registering(rounds: int) -> list[Line]:
     return [
         Line(
             f"register {registered['tensors']} tensors ({registered['regions']} regions) with "
-            f"mooncake and publish it",
+            f"{name} and publish it",
             table.timing(hook),
             f"the engine alone {table.timing(alone)}",
             table.times(share),
@@ -204,7 +203,7 @@ def _registering(rounds: int) -> list[Line]:
             share.median <= REGISTERING,
         ),
         Line(
-            "an update that moves nothing: calls of the engine",
+            f"an update that moves nothing: calls of {name}",
             str(updated["calls"]),
             "",
             f"{updated['calls']}, in {table.seconds(updated['after'])}",
@@ -250,7 +249,8 @@ copy between processes there. `pull` (with its connection, the header before and
 memory that it gives the weights) beside the engine by itself: the same regions in one batch, into
 memory that is as new, on a connection that stays open. Registering: {TENSORS} layers of 4 KiB in
 the process that owns them, by the subscriber (which also writes the transport document) in turn
-with a bare engine. Wall-clock time, for the work is done by threads and by another process."""
+with the engine alone, until a reader could reach them (NIXL: with a new agent, its metadata
+included). Wall-clock time, for the work is done by threads and by another process."""
 
 LIMITS = """\
 Mooncake over TCP moves a batch region by region, some 80 µs each, and a new one takes the page

@@ -76,7 +76,7 @@ def footprint_of(model: Any, walk: Walk, device_type: str) -> Optional[Footprint
         footprint.modules.extend(map(weakref.ref, modules))
     except Exception:  # what is no module of torch's making
         return None
-    found = _tensors_of(footprint, model)
+    found = tensors_of(footprint, model)
     if found is None:
         return None
     devices = map(_device_of, found[1])
@@ -85,41 +85,7 @@ def footprint_of(model: Any, walk: Walk, device_type: str) -> Optional[Footprint
     return None if places is None else footprint._replace(places=places)
 
 
-def places_of(
-    footprint: Footprint, model: Any, pause: Callable[[], None] = no_pause
-) -> Optional[Places]:
-    """What tensors there are and where, of which shape and type; None where one can't be asked.
-
-    This is what the end of a stream waits for: all modules and all tensors are asked for one
-    thing after the other, without a loop over them in Python.  ``pause``: called in between, so
-    that other threads need not wait for the interpreter.
-    """
-    import torch
-
-    try:
-        found = _tensors_of(footprint, model)
-        if found is None:
-            return None
-        names, tensors = found
-        pause()
-        shapes: list[Any] = list(map(torch.Tensor.size, tensors))
-        pause()
-        strides: list[Any] = list(map(torch.Tensor.stride, tensors))
-        pause()
-        dtypes = list(map(_dtype_of, tensors))
-        pause()
-        addresses = list(map(torch.Tensor.data_ptr, tensors))
-    except Exception:  # an uninitialised parameter
-        return None
-    # A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
-    if 0 in addresses and any(is_wrapper(t) for t, a in zip(tensors, addresses) if not a):
-        return None
-    for position in footprint.swapped:
-        addresses[position], strides[position] = 0, None
-    return names, addresses, shapes, strides, dtypes
-
-
-def _tensors_of(footprint: Footprint, model: Any) -> Optional[tuple[list[str], list[Any]]]:
+def tensors_of(footprint: Footprint, model: Any) -> Optional[tuple[list[str], list[Any]]]:
     """Names and tensors where the footprint says that they are held; None where it is not so."""
     # A model in place of the first: a diffusion pipeline's outermost module is made anew each time.
     modules = [model, *(reference() for reference in footprint.modules[1:])]
@@ -149,3 +115,37 @@ def _tensors_of(footprint: Footprint, model: Any) -> Optional[tuple[list[str], l
     except Exception:  # a missing attribute
         return None
     return names, tensors
+
+
+def places_of(
+    footprint: Footprint, model: Any, pause: Callable[[], None] = no_pause
+) -> Optional[Places]:
+    """What tensors there are and where, of which shape and type; None where one can't be asked.
+
+    This is what the end of a stream waits for: all modules and all tensors are asked for one
+    thing after the other, without a loop over them in Python.  ``pause``: called in between, so
+    that other threads need not wait for the interpreter.
+    """
+    import torch
+
+    try:
+        found = tensors_of(footprint, model)
+        if found is None:
+            return None
+        names, tensors = found
+        pause()
+        shapes: list[Any] = list(map(torch.Tensor.size, tensors))
+        pause()
+        strides: list[Any] = list(map(torch.Tensor.stride, tensors))
+        pause()
+        dtypes = list(map(_dtype_of, tensors))
+        pause()
+        addresses = list(map(torch.Tensor.data_ptr, tensors))
+    except Exception:  # an uninitialised parameter
+        return None
+    # A wrapper subclass answers 0 for its address whatever it wraps, so it can't be asked.
+    if 0 in addresses and any(is_wrapper(t) for t, a in zip(tensors, addresses) if not a):
+        return None
+    for position in footprint.swapped:
+        addresses[position], strides[position] = 0, None
+    return names, addresses, shapes, strides, dtypes

@@ -11,14 +11,16 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..layout import files
 from ..layout.transport_document import TRANSPORT_SCHEMA, TRANSPORT_SCHEMA_VERSION
 from . import capture, publish
+from .footprint import tensors_of
 from .header import MemoryHeader
 from .tracked import Tracked
+from .walk import Wrappers
 
 
 class _Place:
@@ -72,16 +74,36 @@ def storages_of(slot: str) -> list[Any]:
     runner, captured = tracked.runner(), tracked.captured
     if runner is None or captured is None:
         return []
-    found = [tensor.untyped_storage() for _, tensor in capture.live_tensors(runner, captured)]
-    here = {storage.data_ptr() for storage in found}
-    lost = [
-        name
+    wanted = {
+        row.storage_ptr: name
         for name, row in captured.tensors.items()
-        if row.resident and row.storage_ptr and row.storage_ptr not in here
-    ]
+        if row.resident and row.storage_ptr
+    }
+    found, lost = _storages_among(_quickly_held(runner, captured), wanted)
     if lost:
-        raise LookupError(f"tensor {lost[0]} is not where the map says")
+        live = (tensor for _, tensor in capture.live_tensors(runner, captured))
+        found, lost = _storages_among(live, wanted)
+    if lost:
+        raise LookupError(f"tensor {wanted[lost.pop()]} is not where the map says")
     return found
+
+
+def _quickly_held(runner: Any, captured: capture.Capture) -> list[Any]:
+    """The tensors that are held where they were at the capture, without a walk of the model."""
+    footprint = captured.footprint
+    held = None if footprint is None else tensors_of(footprint, runner.model)
+    return [] if held is None else held[1]
+
+
+def _storages_among(
+    tensors: Iterable[Any], wanted: Mapping[int, str]
+) -> tuple[list[Any], set[int]]:
+    """The storages that begin at an address of ``wanted``, and the addresses without one."""
+    is_wrapper = Wrappers()
+    storages = [tensor.untyped_storage() for tensor in tensors if not is_wrapper[type(tensor)]]
+    addresses = [storage.data_ptr() for storage in storages]
+    found = [storage for storage, ptr in zip(storages, addresses) if ptr in wanted]
+    return found, wanted.keys() - set(addresses)
 
 
 def publish_entry(slot: str, engine: str, entry: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ metadata outlives.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Optional, Protocol
 
 from ...layout.states import FAILED, READY, RESIDENT, WEIGHTS
@@ -140,7 +140,7 @@ class Registration:
         known.wanted = frozenset()
         if _is_servable(document):
             regions = (*diff.regions_kept, *diff.regions_added)
-            known.wanted = frozenset(Span(*region) for region in regions)
+            known.wanted = frozenset(map(Span._make, regions))
             known.device = regions[0].device
         elif document["state"] not in (READY, FAILED) and not before and slot not in self._headers:
             return  # it is being loaded: everything will move once more
@@ -205,7 +205,7 @@ class Registration:
         known.version = self._version
         known.held = held  # those of before are let go of now that they are not registered
 
-    def _bring_up_to_date(self, repaged: Iterable[Span] = ()) -> None:
+    def _bring_up_to_date(self, repaged: Collection[Span] = ()) -> None:
         """Register what all slots want.  ``repaged``: anew, though the addresses are the same."""
         spans = [span for known in self._slots.values() for span in known.wanted]
         wanted = _union([*self._headers.values(), *spans])
@@ -293,12 +293,14 @@ def _union(spans: Iterable[Span]) -> frozenset[Span]:
     return frozenset(merged)
 
 
-def _holding(union: Iterable[Span], spans: Iterable[Span]) -> set[Span]:
+def _holding(union: Iterable[Span], spans: Collection[Span]) -> set[Span]:
     """Those of a `_union` in which the spans lie.
 
     >>> sorted(_holding([Span(0, 4), Span(8, 8)], [Span(9, 1), Span(4, 2)]))
     [Span(ptr=8, size=8, device='cpu')]
     """
+    if not spans:
+        return set()
     ordered = sorted(union)
     starts = [one.ptr for one in ordered]
     found = set()
