@@ -1,4 +1,8 @@
-"""A real server on the CPU under updates, releases and requests for a long time.
+"""Two real servers on the CPU, one with the hook and one without, for a long time.
+
+Both have updates from disk and in buckets, releases, requests and failing updates, turn by turn;
+beside the hooked one there are a follower, a scrubber, an agent with a reader of its events, and
+etcd.
 
 ``STRESS_SOAK_SECONDS`` says for how long: 1800 in the long form, and nothing in the short one,
 in which the real servers of ``tests/real_sglang`` do the same for a few seconds.
@@ -7,54 +11,35 @@ in which the real servers of ``tests/real_sglang`` do the same for a few seconds
 from __future__ import annotations
 
 import os
-import statistics
-import threading
+import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import sglang_weight_hook as hook
 from cpu_sglang.environment import ensure_environment
-from tests.real_sglang.hooked import HookedServer, make_checkpoint, make_venv, pid_of
+from sglang_weight_hook.layout import files
+from tests.real_sglang.hooked import HookedServer, make_checkpoint, make_venv, pid_of, wait_for_end
 from tests.real_sglang.scenario import check
-from tests.stress.processes import ForkServer, measure
+from tests.stress.processes import ForkServer
+from tests.stress.soak_figures import Figures
+from tests.stress.soak_load import BUCKETS, Load, Sender, make_venv_without_hook
 
-GROWTH = 32 * 1024**2  # bytes of resident memory that may come and go: allocator, page cache
+# Bytes by which the hooked server may grow more than the other: by chance, in the two allocators.
+GROWTH = 8 * 1024**2
+# Bytes by which the agent or the scrubber may grow.
+GROWTH_BESIDE = 8 * 1024**2
+# So many times as long as a turn took is waited for before the next one: both servers are to leave
+# most of a small machine to others.
+PAUSE = 5.0
+# A scheduler that has nothing to do asks for requests without a pause, unless it is told not to.
+ARGUMENTS = ["--sleep-on-idle"]
 
-
-class Follower(threading.Thread):
-    """A reader that sees every state there is, one after the other.
-
-    Events in quicker succession than it gets a core for would be skipped, as they may be: so each
-    is waited for before the next is asked for.
-    """
-
-    def __init__(self, slot: hook.Slot) -> None:
-        super().__init__(daemon=True)
-        self.slot = slot
-        self.states: list[dict[str, Any]] = [slot.read_state()]
-        self.errors: list[str] = []
-        self.enough = threading.Event()
-
-    def catch_up(self) -> None:
-        for _ in range(1000):
-            if self.states[-1] == self.slot.read_state():
-                return
-            time.sleep(0.01)
-        raise AssertionError("the follower does not see the state that is there")
-
-    def run(self) -> None:
-        while not self.enough.is_set():
-            try:
-                state = self.slot.wait_for_change(self.states[-1], timeout=1.0)
-                if state is not None:
-                    self.states.append(state)
-                    if state["state"] == "ready":
-                        self.slot.read()
-            except hook.HookError as error:
-                self.errors.append(str(error))
+HOOKED, PLAIN = "with the hook", "without"
 
 
 def test_the_hook_alone_keeps_nothing(fork_server: ForkServer, maps: Path, is_long: bool) -> None:
@@ -68,84 +53,99 @@ def test_the_hook_alone_keeps_nothing(fork_server: ForkServer, maps: Path, is_lo
     assert late["objects"] <= early["objects"] + 100
 
 
-class Load:
-    """Updates, releases and requests of one server, one after the other, and how many of each."""
-
-    def __init__(self, server: HookedServer, models: list[Path], follower: Follower) -> None:
-        self.server, self.models, self.follower = server, models, follower
-        self.updates = self.releases = self.requests = 0
-        self._says = {0: server.generate()}
-
-    def turn(self) -> None:
-        """One update and a request; at times a release and a resume, or an update that fails."""
-        self._update(self.models[(self.updates + 1) % 2])
-        self.updates += 1
-        said = self.server.generate()
-        assert said == self._says.setdefault(self.updates % 2, said)
-        self.requests += 1
-        if self.updates % 5 == 0:
-            self.server.wait_idle()
-            for route in ("/release_memory_occupation", "/resume_memory_occupation"):
-                status, answer = self.server.post(route)
-                assert status == 200, answer
-                self.follower.catch_up()
-            self.releases += 1
-        if self.updates % 7 == 0:
-            missing = self.models[0].parent / "missing"
-            status, answer = self.server.update_weights_from_disk(missing)
-            assert (status, answer["success"]) == (400, False)
-            self.follower.catch_up()
-            self._update(self.models[self.updates % 2])
-
-    def _update(self, model: Path) -> None:
-        status, answer = self.server.update_weights_from_disk(model)
-        assert (status, answer["success"]) == (200, True), answer
-        self.follower.catch_up()
+@contextmanager
+def two_servers(
+    release: str, folder: Path
+) -> Iterator[tuple[HookedServer, HookedServer, list[Path]]]:
+    """One with the hook and one without it, of the same SGLang; and two models for them."""
+    environment = ensure_environment(release)
+    hooked_python = make_venv(folder / "venv-hooked", environment)
+    plain_python = make_venv_without_hook(folder / "venv-plain", environment)
+    models = [make_checkpoint(environment, folder / str(seed), seed) for seed in (1, 2)]
+    with (
+        HookedServer(environment, hooked_python, models[0], folder / "hooked", ARGUMENTS) as hooked,
+        HookedServer(environment, plain_python, models[0], folder / "plain", ARGUMENTS) as plain,
+    ):
+        yield hooked, plain, models
 
 
-def test_hours_of_updates_releases_and_requests(tmp_path: Path, is_long: bool) -> None:
+def turns(loads: list[Load], figures: Figures) -> None:
+    """Each load in a thread of its own, and the same number of turns of each."""
+    with ThreadPoolExecutor(len(loads)) as threads:
+        while not figures.is_over():
+            began = time.monotonic()
+            for turn in [threads.submit(load.turn) for load in loads]:
+                turn.result()
+            took = time.monotonic() - began
+            figures.look()
+            # In a short soak all quarters are to have turns, too.
+            time.sleep(min(PAUSE * took, figures.seconds / 32))
+    figures.tell()
+
+
+def names_of(slot: hook.Slot, pid: int) -> set[str]:
+    """Every file of a slot, but for the log that was full."""
+    locks = (files.SAVING_LOCK, files.OWNER_LOCK)
+    of_slot = (*files.DOCUMENTS, *locks, files.HEADER, files.EVENTS)
+    return {name.format(slot.name) for name in of_slot} | {files.CONTROL.format(pid)}
+
+
+def assert_growth(figures: Figures, beside: list[str]) -> None:
+    for of in ("resident", "anonymous"):
+        hooked, plain = (figures.growth(name, of) for name in (HOOKED, PLAIN))
+        print(f"{of}: {hooked / 1e6:+.2f} MB with the hook, {plain / 1e6:+.2f} MB without")
+        assert hooked - plain <= GROWTH
+    for name in (HOOKED, PLAIN, *beside):
+        for of in ("descriptors", "threads"):
+            early, late = figures.floors(name, of)
+            assert late <= early, (name, of)
+    for name in beside:
+        assert figures.growth(name) <= GROWTH_BESIDE, name
+
+
+@pytest.mark.parametrize("release", BUCKETS)
+def test_hours_of_updates_releases_and_requests(
+    release: str, tmp_path: Path, is_long: bool
+) -> None:
     seconds = float(os.environ.get("STRESS_SOAK_SECONDS", "1800" if is_long else "0"))
     if not seconds:
         pytest.skip("takes long: --long, or STRESS_SOAK_SECONDS=300")
-    environment = ensure_environment()
-    python = make_venv(tmp_path / "venv", environment)
-    models = [make_checkpoint(environment, tmp_path / str(seed), seed) for seed in (1, 2)]
-    measured: list[tuple[int, int, list[str]]] = []
-    with HookedServer(environment, python, models[0], tmp_path / "server") as server:
-        (slot,) = server.maps.slots()
+    if shutil.which("etcd") is None:
+        pytest.skip("no etcd here: install Debian's etcd-server")
+    from tests.stress.soak_beside import Beside, running_etcd
+
+    with (
+        running_etcd(tmp_path / "etcd") as etcd,
+        two_servers(release, tmp_path) as (hooked, plain, models),
+    ):
+        (slot,) = hooked.maps.slots()
         pid = pid_of(slot)
-        follower = Follower(slot)
-        load = Load(server, models, follower)
-        follower.start()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            load.turn()
-            measured.append(measure(pid, Path(slot.directory)))
-        check(server, [slot], "ready", updated=True)
-        last = slot.read_state()
-        follower.catch_up()
-        follower.enough.set()
-        follower.join()
-        log = server.hook_log()
-    resident = [one[0] for one in measured]
-    quarter = max(len(measured) // 4, 1)
-    early = statistics.median(resident[quarter : 2 * quarter] or resident)
-    late = statistics.median(resident[-quarter:])
-    generations = [state["content_generation"] for state in follower.states]
-    print(
-        f"{seconds:g} s: {load.updates} updates, {load.releases} releases, "
-        f"{load.requests} requests; "
-        f"{len(follower.states)} states seen, content generations {generations[0]} to "
-        f"{generations[-1]}; resident {early / 1e6:.1f} then {late / 1e6:.1f} MB, "
-        f"descriptors {sorted({one[1] for one in measured[quarter:]})}, "
-        f"{len(measured[-1][2])} files"
-    )
-    assert follower.errors == []
-    # Every one, in order, none left out.
-    assert sorted(set(generations)) == list(range(generations[0], last["content_generation"] + 1))
-    assert generations == sorted(generations)
-    assert {state["pid"] for state in follower.states} == {pid}
-    assert measured[-1][2] == measured[quarter][2]
-    assert max(one[1] for one in measured[-quarter:]) <= max(one[1] for one in measured[:quarter])
-    assert late <= early + GROWTH
-    assert not [line for line in log if "WARNING" in line.upper()]
+        (other,) = plain.live()
+        with (
+            Beside(slot, etcd, tmp_path) as beside,
+            Sender(hooked) as to_hooked,
+            Sender(plain) as to_plain,
+        ):
+            loads = [
+                Load(hooked, to_hooked, models, beside.follower.catch_up),
+                Load(plain, to_plain, models),
+            ]
+            figures = Figures({HOOKED: pid, PLAIN: other["pid"], **beside.pids()}, seconds)
+            turns(loads, figures)
+            check(hooked, [slot], "ready", updated=True)
+            published = set(os.listdir(slot.directory)) - {files.EVENTS_BEFORE.format(slot.name)}
+            beside.assert_all_have_seen(slot.read_state()["content_generation"])
+            beside.follower.stop()
+            hooked.stop()
+            wait_for_end(pid)
+            beside.assert_all_know_of_the_end()
+        print(f"{release}, {seconds:g} s, each: {loads[0].turns} turns, {dict(loads[0].done)}")
+        assert_growth(figures, ["agent", "scrub"])
+        assert loads[0].done == loads[1].done
+        assert loads[0].says == loads[1].says
+        assert len(set(map(str, loads[0].says.values()))) == 2  # an update can be seen
+        assert beside.follower.pids == {pid}
+        assert published == names_of(slot, pid)
+        assert not [line for line in hooked.hook_log() if "WARNING" in line.upper()]
+        assert plain.hook_log() == []
+        assert not (plain.cwd / "weights_metadata").exists()
