@@ -1,8 +1,8 @@
 """Make the venv that the tests and linters run in: ``python3 tests/tools.py .cache/tools``.
 
-It gets the packages of pyproject.toml's ``dev`` extra but not the project itself: its
-start-up hook must be off in the process that tests it.  Its ``sys.path`` goes on in the venv
-that holds torch and SGLang.
+It gets the packages of pyproject.toml's ``dev`` extra and the transfer engines, but not the project
+itself: its start-up hook must be off in the process that tests it.  Its ``sys.path`` goes on in the
+venv that holds torch and SGLang.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
     pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "-q"]
     print("installing the test tools ...", flush=True)
-    subprocess.run([*pip, "--disable-pip-version-check", *packages("dev")], check=True)
+    pip.append("--disable-pip-version-check")
+    subprocess.run([*pip, *packages("dev")], check=True)
     purelib = next(venv.glob("lib/python*/site-packages"))
     (purelib / "zz_sglang.pth").write_text(f"{environment.purelib}\n")
+    # From here on there is torch, which NIXL's package asks for: without it pip would bring CUDA's.
+    subprocess.run([*pip, *packages("mooncake"), *packages("nixl")], check=True)
 
 
 if __name__ == "__main__":
