@@ -140,7 +140,13 @@ def _hold_against_values(
     if values.answers(next(iter(first_stage.tensors)))[0] is None:
         return
     for dp_rank in range(dp_size):
-        group = [one for one in maps if (one.identity["dp_rank"] or 0) == dp_rank]
+        # The routes answer for one stage of a pipeline.
+        group = [
+            one
+            for one in maps
+            if (one.identity["dp_rank"] or 0) == dp_rank
+            and rank_of(one)[1] == rank_of(first_stage)[1]
+        ]
         group.sort(key=rank_of)
         first = group[0]
         for name, published in first.tensors.items():

@@ -119,6 +119,10 @@ def as_floats(values: bytes, dtype: str) -> list[float]:
     return list(array.array("f", values))
 
 
+class HasChanged(AssertionError):
+    """Another map has been published since the documents were read."""
+
+
 @dataclass(frozen=True)
 class PublishedMap:
     """One slot's documents, as they were when state and layout belonged together."""
@@ -152,7 +156,8 @@ class PublishedMap:
         """No update begins meanwhile, and none has since the documents were read."""
         with open(self.directory / f"weight_saving_{self.slot}.lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            assert self._is_current(), f"slot {self.slot} has changed since"
+            if not self._is_current():
+                raise HasChanged(f"slot {self.slot} has changed since")
             yield
             assert self._is_current(), f"slot {self.slot} changed under a reader's lock"
 
