@@ -35,7 +35,7 @@ GROWTH = 8 * 1024**2
 GROWTH_BESIDE = 8 * 1024**2
 # So many times as long as a turn took is waited for before the next one: both servers are to leave
 # most of a small machine to others.
-PAUSE = 5.0
+PAUSE = 3.0
 # A scheduler that has nothing to do asks for requests without a pause, unless it is told not to.
 ARGUMENTS = ["--sleep-on-idle"]
 
