@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.real_sglang.diffusion.serving import (
     make_probed_venv,
 )
 from tests.real_sglang.truth.outside_bytes import Place, PublishedMap, settled_maps
+from tests.real_sglang.truth.report import OtherProcess, other_process
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.truth]
 
@@ -57,7 +59,15 @@ def server(
         yield server
 
 
-def look(server: PipelineServer) -> tuple[PublishedMap, dict[str, dict[str, bytes]]]:
+def server_that(what: str) -> AbstractContextManager[OtherProcess]:
+    """A row of the truth matrix: one server lives through all of them."""
+    name = f"a diffusion server (tiny FLUX.1): {what}"
+    return other_process(name, "`GPUWorker` of `sglang.multimodal_gen`")
+
+
+def look(
+    server: PipelineServer, row: OtherProcess, when: str
+) -> tuple[PublishedMap, dict[str, dict[str, bytes]]]:
     """The map, compared with all that torch and SGLang say; the values read from outside."""
     (published,) = settled_maps(server.map_directory, 1)
     pid, worker = server.live()
@@ -71,6 +81,7 @@ def look(server: PipelineServer) -> tuple[PublishedMap, dict[str, dict[str, byte
     }
     assert unknown == set()
     values: dict[str, dict[str, bytes]] = {component: {} for component in COMPONENTS}
+    everything = []
     with published.held():
         for name, truth in worker["tensors"].items():
             found = published.tensors[names[name]]
@@ -78,6 +89,8 @@ def look(server: PipelineServer) -> tuple[PublishedMap, dict[str, dict[str, byte
             assert told == {field: truth[field] for field in FIELDS}, name
             read = Place.of(found).read(pid)
             assert hashlib.sha256(read).hexdigest() == truth["sha256"], name
+            if name in published.tensors:
+                everything.append(read)
             component, _, inner = name.partition(".")
             if truth["kind"] == "parameter" and name in published.tensors:
                 values[component][inner] = read
@@ -87,6 +100,7 @@ def look(server: PipelineServer) -> tuple[PublishedMap, dict[str, dict[str, byte
         ).hexdigest()
         for component, held in values.items()
     }
+    row.look(when, everything, "`/get_weights_checksum`", "torch's place and SHA-256 of each")
     return published, values
 
 
@@ -98,118 +112,123 @@ def changed(one: dict[str, dict[str, bytes]], other: dict[str, dict[str, bytes]]
 def test_the_worker_is_published_as_the_runner_that_it_stands_for(
     server: PipelineServer, pipelines: list[Path]
 ) -> None:
-    published, values = look(server)
-    assert published.slot == "0"
-    assert published.state["event"]["kind"] == "pipeline_ready"
-    assert all(values.values())
-    identity = published.identity
-    assert {
-        name: identity[name] for name in ("device", "gpu_id", "role", "tp_rank", "tp_size")
-    } == {
-        "device": "cpu",
-        "gpu_id": 0,
-        "role": "target",
-        "tp_rank": 0,
-        "tp_size": 1,
-    }
-    assert identity["model_path"] == str(pipelines[0])
-    assert identity["model_class"] == "FluxPipeline"
-    assert published.layout["validation"]["left_out"] == {}
-    assert published.state["missing"] == []
+    with server_that("load") as row:
+        published, values = look(server, row, "load")
+        assert published.slot == "0"
+        assert published.state["event"]["kind"] == "pipeline_ready"
+        assert all(values.values())
+        identity = published.identity
+        assert {
+            name: identity[name] for name in ("device", "gpu_id", "role", "tp_rank", "tp_size")
+        } == {
+            "device": "cpu",
+            "gpu_id": 0,
+            "role": "target",
+            "tp_rank": 0,
+            "tp_size": 1,
+        }
+        assert identity["model_path"] == str(pipelines[0])
+        assert identity["model_class"] == "FluxPipeline"
+        assert published.layout["validation"]["left_out"] == {}
+        assert published.state["missing"] == []
 
 
 def test_updates_from_disk_and_from_tensors(server: PipelineServer, pipelines: list[Path]) -> None:
-    first, second = pipelines
-    before, loaded = look(server)
-    image = server.draw()
-    _, still = look(server)
-    assert changed(loaded, still) == set()
+    with server_that("updates") as row:
+        first, second = pipelines
+        before, loaded = look(server, row, "before")
+        image = server.draw()
+        _, still = look(server, row, "a request")
+        assert changed(loaded, still) == set()
 
-    status, answer = server.post("/update_weights_from_disk", {"model_path": str(second)})
-    assert (status, answer["success"]) == (200, True), answer
-    after, from_disk = look(server)
-    assert changed(loaded, from_disk) == set(COMPONENTS)
-    assert after.state["content_generation"] == before.state["content_generation"] + 1
-    assert after.state["event"]["kind"] == "update_weights_from_disk"
-    assert server.draw() != image
+        status, answer = server.post("/update_weights_from_disk", {"model_path": str(second)})
+        assert (status, answer["success"]) == (200, True), answer
+        after, from_disk = look(server, row, "update from disk")
+        assert changed(loaded, from_disk) == set(COMPONENTS)
+        assert after.state["content_generation"] == before.state["content_generation"] + 1
+        assert after.state["event"]["kind"] == "update_weights_from_disk"
+        assert server.draw() != image
 
-    body = {"model_path": str(first), "target_modules": ["vae"]}
-    status, answer = server.post("/update_weights_from_disk", body)
-    assert (status, answer["success"]) == (200, True), answer
-    _, of_one = look(server)
-    assert changed(from_disk, of_one) == {"vae"}
+        body = {"model_path": str(first), "target_modules": ["vae"]}
+        status, answer = server.post("/update_weights_from_disk", body)
+        assert (status, answer["success"]) == (200, True), answer
+        _, of_one = look(server, row, "of one component")
+        assert changed(from_disk, of_one) == {"vae"}
 
-    answer = server.send_tensors(first, "transformer")
-    assert answer["success"], answer
-    after, from_tensor = look(server)
-    assert after.state["event"]["kind"] == "update_weights_from_tensor"
-    assert changed(of_one, from_tensor) == {"transformer"}
-    assert from_tensor["transformer"] == loaded["transformer"]
+        answer = server.send_tensors(first, "transformer")
+        assert answer["success"], answer
+        after, from_tensor = look(server, row, "update from tensor")
+        assert after.state["event"]["kind"] == "update_weights_from_tensor"
+        assert changed(of_one, from_tensor) == {"transformer"}
+        assert from_tensor["transformer"] == loaded["transformer"]
 
-    status, answer = server.post("/update_weights_from_disk", {"model_path": str(first)})
-    assert (status, answer["success"]) == (200, True), answer
-    _, back = look(server)
-    assert changed(loaded, back) == set()
-    assert server.draw() == image
+        status, answer = server.post("/update_weights_from_disk", {"model_path": str(first)})
+        assert (status, answer["success"]) == (200, True), answer
+        _, back = look(server, row, "the first from disk")
+        assert changed(loaded, back) == set()
+        assert server.draw() == image
 
 
 def test_a_failed_update_is_published_and_ends_with_the_next_whole_one(
     server: PipelineServer, pipelines: list[Path], tmp_path: Path
 ) -> None:
-    body = {"model_path": str(tmp_path / "missing")}
-    status, answer = server.post("/update_weights_from_disk", body)
-    assert (status, answer["success"]) == (400, False), answer
-    state = state_of(server)
-    assert state["state"] == "failed"
-    assert state["event"]["message"].startswith("Failed to download model")
-    status, answer = server.post("/update_weights_from_disk", {"model_path": str(pipelines[0])})
-    assert (status, answer["success"]) == (200, True), answer
-    look(server)
+    with server_that("a failed update") as row:
+        body = {"model_path": str(tmp_path / "missing")}
+        status, answer = server.post("/update_weights_from_disk", body)
+        assert (status, answer["success"]) == (400, False), answer
+        state = state_of(server)
+        assert state["state"] == "failed"
+        assert state["event"]["message"].startswith("Failed to download model")
+        status, answer = server.post("/update_weights_from_disk", {"model_path": str(pipelines[0])})
+        assert (status, answer["success"]) == (200, True), answer
+        look(server, row, "update after it")
 
 
 def test_release_and_resume_say_what_sglang_answered(server: PipelineServer) -> None:
-    before, values = look(server)
-    # It moves the modules to the host's memory and waits for CUDA, which a CPU has not.
-    status, answer = server.post("/release_memory_occupation")
-    assert (status, answer["success"]) == (500, False), answer
-    assert "Torch not compiled with CUDA enabled" in answer["message"]
-    state = state_of(server)
-    assert (state["state"], state["event"]["success"]) == ("ready", False)
-    assert "Torch not compiled with CUDA enabled" in state["event"]["message"]
-    status, answer = server.post("/resume_memory_occupation")
-    assert (status, answer["success"]) == (200, True), answer
-    after, same = look(server)
-    assert after.state["event"]["kind"] == "resume_memory_occupation"
-    assert after.state["content_generation"] == before.state["content_generation"]
-    assert changed(values, same) == set()
+    with server_that("a release that SGLang refuses") as row:
+        before, values = look(server, row, "before")
+        # It moves the modules to the host's memory and waits for CUDA, which a CPU has not.
+        status, answer = server.post("/release_memory_occupation")
+        assert (status, answer["success"]) == (500, False), answer
+        assert "Torch not compiled with CUDA enabled" in answer["message"]
+        state = state_of(server)
+        assert (state["state"], state["event"]["success"]) == ("ready", False)
+        assert "Torch not compiled with CUDA enabled" in state["event"]["message"]
+        status, answer = server.post("/resume_memory_occupation")
+        assert (status, answer["success"]) == (200, True), answer
+        after, same = look(server, row, "resume after it")
+        assert after.state["event"]["kind"] == "resume_memory_occupation"
+        assert after.state["content_generation"] == before.state["content_generation"]
+        assert changed(values, same) == set()
 
 
 def test_an_adapter_is_merged_into_the_weights_and_taken_out_again(
     server: PipelineServer, diffusion: Environment, tmp_path: Path
 ) -> None:
-    adapter = make_adapter(diffusion, tmp_path / "adapter")
-    before, loaded = look(server)
-    image = server.draw()
-    body = {"lora_nickname": "tuned", "lora_path": str(adapter)}
-    status, answer = server.post("/v1/set_lora", body)
-    assert status == 200, answer
-    after, merged = look(server)
-    assert after.state["event"]["kind"] == "set_lora"
-    assert after.state["layout_generation"] == before.state["layout_generation"] + 1
-    assert any(".base_layer." in name for name in after.tensors)
-    assert changed(loaded, merged) == {"transformer"}
-    assert server.draw() != image
-
-    generation = after.state["content_generation"]
-    for route in ("unmerge_lora_weights", "merge_lora_weights", "unmerge_lora_weights"):
-        status, answer = server.post(f"/v1/{route}", {})
+    with server_that("a LoRA adapter") as row:
+        adapter = make_adapter(diffusion, tmp_path / "adapter")
+        before, loaded = look(server, row, "before")
+        image = server.draw()
+        body = {"lora_nickname": "tuned", "lora_path": str(adapter)}
+        status, answer = server.post("/v1/set_lora", body)
         assert status == 200, answer
-        after, values = look(server)
-        generation += 1
-        assert after.state["event"]["kind"] == route
-        assert after.state["content_generation"] == generation
-        assert (values["transformer"] == merged["transformer"]) == (route[0] == "m")
-    assert server.hook_warnings() == []
+        after, merged = look(server, row, "merged")
+        assert after.state["event"]["kind"] == "set_lora"
+        assert after.state["layout_generation"] == before.state["layout_generation"] + 1
+        assert any(".base_layer." in name for name in after.tensors)
+        assert changed(loaded, merged) == {"transformer"}
+        assert server.draw() != image
+
+        generation = after.state["content_generation"]
+        for route in ("unmerge_lora_weights", "merge_lora_weights", "unmerge_lora_weights"):
+            status, answer = server.post(f"/v1/{route}", {})
+            assert status == 200, answer
+            after, values = look(server, row, route)
+            generation += 1
+            assert after.state["event"]["kind"] == route
+            assert after.state["content_generation"] == generation
+            assert (values["transformer"] == merged["transformer"]) == (route[0] == "m")
+        assert server.hook_warnings() == []
 
 
 def state_of(server: PipelineServer) -> dict[str, Any]:

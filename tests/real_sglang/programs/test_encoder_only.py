@@ -18,6 +18,7 @@ import pytest
 from cpu_sglang.environment import Environment
 from tests.real_sglang.hooked import HookedServer, pid_of, wait_for_end
 from tests.real_sglang.truth.outside_bytes import Place, settled_maps
+from tests.real_sglang.truth.report import other_process
 from tests.real_sglang.truth.serving import make_probed_venv
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.truth]
@@ -58,23 +59,31 @@ def test_an_encoder_only_server_is_published_as_it_lies_in_memory(
     # With what SGLang's multimodal processors look up by name on a machine without a GPU.
     python = make_probed_venv(tmp_path / "venv", environment)
     model = checkpoint(1, "--architecture", "qwen2_vl")
-    with EncoderServer(
-        environment, python, model, tmp_path, extra_args=["--encoder-only"]
-    ) as server:
+    with (
+        other_process(
+            "an encoder-only server (Qwen2-VL)",
+            "`MMEncoder` of `sglang.launch_server --encoder-only`",
+            "names of compiled kernels that are looked up and never called (`absent_hardware.py`)",
+        ) as row,
+        EncoderServer(
+            environment, python, model, tmp_path, extra_args=["--encoder-only"]
+        ) as server,
+    ):
         (published,) = settled_maps(tmp_path / "weights_metadata", 1)
         assert published.state["event"]["kind"] == "encoder_ready"
         assert published.state["missing"] == []
         assert published.identity["model_path"] == str(model)
         assert published.identity["model_class"] == "Qwen2VLForConditionalGeneration"
         with published.held():
-            held = {
-                name: hashlib.sha256(Place.of(tensor).read(published.pid)).hexdigest()
+            values = {
+                name: Place.of(tensor).read(published.pid)
                 for name, tensor in published.tensors.items()
                 if tensor["kind"] == "parameter"
             }
+        held = {name: hashlib.sha256(value).hexdigest() for name, value in values.items()}
         # The checkpoint's values are random, so equal bytes are of the same tensor.
         wanted = {
-            hashlib.sha256(values).hexdigest(): name for name, values in loaded_parameters(model)
+            hashlib.sha256(loaded).hexdigest(): name for name, loaded in loaded_parameters(model)
         }
         assert {name: digest for name, digest in held.items() if digest not in wanted} == {}
         assert sorted(held.values()) == sorted(wanted)
@@ -84,6 +93,7 @@ def test_an_encoder_only_server_is_published_as_it_lies_in_memory(
             assert layer.findall(name) == layer.findall(wanted[digest]), name
             assert name.rpartition(".")[2] == wanted[digest].rpartition(".")[2]
             assert name.startswith("visual.") == wanted[digest].startswith("visual.")
+        row.look("load", list(values.values()), "the checkpoint's bytes")
         slot = server.maps.slot("0")
         pid = pid_of(slot)
         assert server.hook_log()

@@ -1,4 +1,7 @@
-"""Programs around SGLang that are no server: each published map against what torch says inside."""
+"""Programs around SGLang that are no server: each published map against what torch says inside.
+
+Another process, this one, reads the bytes at the published addresses, too.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ import sglang_weight_hook as hook
 from cpu_sglang.environment import Environment
 from cpu_sglang.server import CPU_FLAGS
 from tests.real_sglang.hooked import ROOT, assert_legacy_files, assert_true_map, wait_for_end
+from tests.real_sglang.truth.comparison import Moment, Probe, compare
+from tests.real_sglang.truth.outside_bytes import settled_maps
+from tests.real_sglang.truth.report import OtherProcess, other_process
+from tests.real_sglang.truth.serving import make_probed_venv
 
 pytestmark = [pytest.mark.real_sglang, pytest.mark.truth]
 
@@ -30,8 +37,10 @@ class Program:
     def __init__(self, process: subprocess.Popen[str], folder: Path, log: Path) -> None:
         self.process = process
         self.log = log
-        self.maps = hook.open_directory(str(folder / "weights_metadata"))
+        self.directory = folder / "weights_metadata"
+        self.maps = hook.open_directory(str(self.directory))
         self._probe = folder / "probe"
+        self._truth_probe = Probe(self._probe)
         self._asked = 0
 
     def point(self) -> Any:
@@ -67,6 +76,13 @@ class Program:
             found[pid] = {**runner, "pid": pid}
         return found
 
+    def look(self, row: OtherProcess, when: str, slots: int = 1) -> Moment:
+        """The bytes at all published addresses against the probe and the mark."""
+        maps = settled_maps(self.directory, slots)
+        moment = compare(maps, None, self._truth_probe)
+        row.look_by_probe(when, moment)
+        return moment
+
     def events(self, slot: str) -> list[tuple[str, str]]:
         path = Path(self.maps.slot(slot).path("weight_events_{}.jsonl"))
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -100,14 +116,22 @@ def running(
         process.communicate()
 
 
+@pytest.fixture(scope="module")
+def probed_python(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_probed_venv(tmp_path_factory.mktemp("probed") / "venv", environment)
+
+
 def test_a_runner_that_a_program_makes_itself_is_ready_when_it_is_whole(
     environment: Environment,
-    hooked_python: Path,
+    probed_python: Path,
     checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     arguments = ["--model-path", checkpoint(1), *CPU_FLAGS]
-    with running(environment, hooked_python, "lone_runner.py", arguments, tmp_path) as program:
+    with (
+        other_process("a lone `ModelRunner`", "`sglang.benchmark.one_batch`") as row,
+        running(environment, probed_python, "lone_runner.py", arguments, tmp_path) as program,
+    ):
         for point in ("built", "benchmarked"):
             assert program.point() == point
             slot = program.maps.slot("0")
@@ -118,6 +142,7 @@ def test_a_runner_that_a_program_makes_itself_is_ready_when_it_is_whole(
             assert_true_map(document, truth)
             assert_legacy_files(document, truth, updated=False)
             assert document.state["missing"] == []
+            program.look(row, point)
             program.go_on()
         assert program.events("0") == [("load_model", "loading"), ("runner_ready", "ready")]
         assert program.process.wait(60) == 0
@@ -126,18 +151,22 @@ def test_a_runner_that_a_program_makes_itself_is_ready_when_it_is_whole(
 
 def test_two_engines_of_one_program_have_a_slot_each(
     environment: Environment,
-    hooked_python: Path,
+    probed_python: Path,
     checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     arguments = [checkpoint(1), checkpoint(2)]
-    with running(environment, hooked_python, "two_engines.py", arguments, tmp_path) as program:
+    with (
+        other_process("two Engines in one process", "`sglang.Engine`, twice") as row,
+        running(environment, probed_python, "two_engines.py", arguments, tmp_path) as program,
+    ):
         assert program.point() == "serving"
         slots = program.maps.slots()
         assert len(slots) == 2
         before = documents_of(slots, program.live(2))
         paths = {path: pid for pid, (path, _) in before.items()}
         assert set(paths) == {str(path) for path in arguments}
+        loaded = program.look(row, "load", 2)
         program.go_on()
 
         assert program.point() == "updated"
@@ -145,6 +174,12 @@ def test_two_engines_of_one_program_have_a_slot_each(
         first, second = (paths[str(path)] for path in arguments)
         rises = {pid: after[pid][1] - before[pid][1] for pid in (first, second)}
         assert rises == {first: 1, second: 0}
+        updated = program.look(row, "update of one from disk", 2)
+        # From the other's checkpoint: now both hold the same, which is what the other held.
+        by_pid = {slot.read_state()["pid"]: slot.name for slot in slots}
+        assert updated.values[by_pid[second]] == loaded.values[by_pid[second]]
+        assert updated.values[by_pid[first]] == loaded.values[by_pid[second]]
+        assert updated.values[by_pid[first]] != loaded.values[by_pid[first]]
         program.go_on()
 
         # SGLang's shutdown of one engine kills all children of the program (entrypoints/engine.py,

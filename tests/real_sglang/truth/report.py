@@ -72,12 +72,16 @@ class OtherProcess:
         self.confirmed_by += [each for each in confirmed_by if each not in self.confirmed_by]
 
     def look_by_probe(self, when: str, moment: Moment) -> None:
-        """All tensors of the maps, held against the probe and the mark; nothing may be untrue."""
+        """All tensors of the maps, held against the probe, the mark and what else answered.
+
+        Nothing may be untrue.
+        """
         assert not moment.untrue, f"{when}: " + "\n".join(moment.untrue[:20])
         assert not moment.unconfirmed, f"{when}: " + "\n".join(moment.unconfirmed[:20])
         assert moment.confirmed[PROBE] == moment.tensors > 0, (when, moment.confirmed)
         values = [value for named in moment.values.values() for value in named.values()]
-        self.look(when, values, "the probe", "the mark")
+        routes = [f"`/{source}`" for source in (CHECKER, BY_NAME) if moment.confirmed[source]]
+        self.look(when, values, *routes, "the probe", "the mark")
 
     def refused(self, message: str) -> None:
         """It does not run here, and that is what SGLang says."""
